@@ -1,0 +1,182 @@
+"""`sa2va-i`: segment videos and images from a sentence, convert checkpoints, look at checkpoints.
+
+sa2va-i segment dog.mp4 "the dog that jumps first" --model sa2va-i-4b -o out/
+sa2va-i convert Sa2VA-4B/ sa2va-i-4b/ --sam2 sam2_hiera_large.pt
+sa2va-i info sa2va-i-4b/
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from tqdm import tqdm
+
+from .convert_checkpoint import MAX_SHARD_SIZE, SafetensorsFolder, convert_checkpoint
+from .files import check_new_folder, read_json, staged_folder, write_json
+from .modeling_sa2va_i import Sa2VAiModel
+from .overlay import VideoWriter, draw_overlay
+from .processing_sa2va_i import IMAGE_SUFFIXES, Video, load_image, open_video, segmentation_request
+
+app = typer.Typer(help="Sa2VA-i: say what to find in a video, get its masks.", no_args_is_help=True)
+
+
+@app.command()
+def segment(
+    input: Annotated[Path, typer.Argument(help="A video file, a folder of frames, or an image.")],
+    prompt: Annotated[str, typer.Argument(help="A phrase, a request or a question.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a converted checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make for the results.")],
+    frames: Annotated[int | None, typer.Option(help="Frames the language model sees (5; 12 for MeViS).")] = None,
+    max_prompt_frames: Annotated[int | None, typer.Option(help="Initial masks that are propagated (all).")] = None,
+    decoding: Annotated[str | None, typer.Option(help="consistent (Sa2VA-i) or memory (Sa2VA).")] = None,
+    sampling: Annotated[str | None, typer.Option(help="uniform (Sa2VA-i) or first (Sa2VA).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Limit of the answer's length.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps, cpu, ... (the accelerator if there is one).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, flash_attention_2, eager.")] = None,
+) -> None:
+    """Answer PROMPT about INPUT; write the answer, a PNG mask per object and frame, and an overlay to look at."""
+    check_new_folder(out)
+    is_image = input.is_file() and input.suffix.lower() in IMAGE_SUFFIXES
+    media = load_image(input) if is_image else open_video(input)
+    sa2va = load_model(model, device, dtype, attn_implementation)
+    with staged_folder(out) as folder:
+        if is_image:
+            result = _segment_image(sa2va, media, prompt, max_new_tokens, folder)
+        else:
+            options = {
+                "sample_num_frames": frames,
+                "max_prompt_frames": max_prompt_frames,
+                "decoding": decoding,
+                "sampling": sampling,
+                "max_new_tokens": max_new_tokens,
+            }
+            result = _segment_video(sa2va, media, prompt, options, folder)
+        write_json(folder / "answer.json", {"input": str(input), **result})
+    print(result["prediction"])
+    if result["num_objects"] == 0:
+        print("The answer points at nothing (no [SEG]): no masks were written.", file=sys.stderr)
+    print(f"{result['num_objects']} object(s) -> {out}", file=sys.stderr)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a published Sa2VA or Sa2VA-i checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    sam2: Annotated[Path | None, typer.Option(help="Meta's SAM 2 file; needed for plain Sa2VA.")] = None,
+    sam2_config: Annotated[Path | None, typer.Option(help="JSON of Sam2VideoConfig fields, if not Hiera-L.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = MAX_SHARD_SIZE,
+) -> None:
+    """Convert SOURCE to this package's layout, ready for AutoModel.from_pretrained(OUT, trust_remote_code=True)."""
+    fields = read_json(sam2_config) if sam2_config is not None else None
+    convert_checkpoint(source, out, sam2, fields, max_shard_size, progress=True)
+    print(f"Converted {source} -> {out}")
+
+
+@app.command()
+def info(model: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")]) -> None:
+    """Say what a checkpoint is, from its config and the headers of its weights."""
+    for name, value in checkpoint_info(model).items():
+        print(f"{name + ':':22}{value}")
+
+
+def load_model(name: str, device: str | None, dtype: str, attn_implementation: str | None) -> Sa2VAiModel:
+    """The model on `device`, or on the accelerator if there is one, in evaluation mode."""
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return Sa2VAiModel.from_pretrained(name, dtype=dtype, **options).to(device).eval()
+
+
+def checkpoint_info(folder: Path) -> dict[str, Any]:
+    """Facts about a checkpoint folder, in the order in which they are printed."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"No checkpoint folder with a config.json at {folder}.")
+    config = read_json(folder / "config.json")
+    weights = SafetensorsFolder(folder)
+    parameters, dtypes = Counter(), Counter()
+    for key in weights:
+        shape, dtype = weights.shape_of(key), weights.dtype_of(key)
+        parameters[key.partition(".")[0]] += int(np.prod(shape))
+        dtypes[dtype] += 1
+    converted = config.get("model_type") == "sa2va_i"
+    facts = {
+        "layout": "Sa2VA-i (this package)" if converted else f"{config.get('model_type')} (convert it first)",
+        "language model": _summary(config["llm_config"]),
+        "vision model": _summary(config["vision_config"]),
+        "template": config["template"],
+        "dtype": ", ".join(sorted(dtypes)),
+        "parameters": f"{sum(parameters.values()) / 1e6:,.1f} M",
+    }
+    facts |= {f"  {part}": f"{count / 1e6:,.1f} M" for part, count in parameters.items()}
+    if converted:
+        facts["sampled frames"] = f"{config['sample_num_frames']}, {config['sampling']}"
+        facts["decoding"] = config["decoding"]
+    return facts
+
+
+def _summary(config: dict[str, Any]) -> str:
+    return f"{config['model_type']}, {config['num_hidden_layers']} layers x {config['hidden_size']}"
+
+
+def _segment_image(
+    model: Sa2VAiModel, image: Image.Image, prompt: str, max_new_tokens: int | None, folder: Path
+) -> dict[str, Any]:
+    text = segmentation_request(prompt)
+    result = model.predict_forward(image=image, text=text, max_new_tokens=max_new_tokens)
+    masks = [masks[0] for masks in result["prediction_masks"]]
+    if masks:
+        (folder / "masks").mkdir()
+        for number, mask in enumerate(masks, start=1):
+            Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+        draw_overlay(image, masks).save(folder / "overlay.png")
+    return {"text": text, "prediction": result["prediction"], "num_objects": len(masks)}
+
+
+def _segment_video(
+    model: Sa2VAiModel, video: Video, prompt: str, options: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    text = segmentation_request(prompt)
+    segmentation = model.segment(video, text, **options)
+    if segmentation.num_objects:
+        masks = tqdm(segmentation, total=segmentation.num_frames, desc="propagate", unit="frame")
+        _write_video_masks(video, masks, segmentation.num_objects, folder)
+    return {
+        "text": text,
+        "prediction": segmentation.prediction,
+        "num_objects": segmentation.num_objects,
+        "num_frames": segmentation.num_frames,
+        "sample_idx": segmentation.sample_idx,
+    }
+
+
+def _write_video_masks(
+    video: Video, frames_masks: Iterator[tuple[int, np.ndarray]], num_objects: int, folder: Path
+) -> None:
+    """`masks/<object>/<frame>.png`, objects from 1, and `overlay.mp4`."""
+    for number in range(1, num_objects + 1):
+        (folder / "masks" / str(number)).mkdir(parents=True)
+    with VideoWriter(folder / "overlay.mp4", video.fps) as writer:
+        for frame, (frame_idx, masks) in zip(video, frames_masks, strict=True):
+            for number, mask in enumerate(masks, start=1):
+                Image.fromarray(mask).save(folder / "masks" / str(number) / f"{frame_idx:05d}.png")
+            writer.write(draw_overlay(frame, masks))
+
+
+def main() -> None:
+    """Entry point: what a user can mend is told in one line, without a stack trace."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        print(f"sa2va-i: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,623 @@
+"""Sa2VA-i (arXiv:2509.19082): masks of a video from a sentence.
+
+A language model sees a few frames of the video and answers; every `[SEG]` in its answer stands for one object. The
+fine-tuned mask decoder turns the state at `[SEG]` into initial masks of those frames, each on its own, and the original
+SAM 2 carries them to all frames.
+
+Words, used everywhere:
+    sampled frames      seen by the language model
+    prompt frames       sampled frames whose initial masks prompt the propagator (all of them unless limited)
+    initial masks       of the sampled frames, from `[SEG]`
+    frame_idx           position in the whole video
+    logits, masks       float, > 0 is foreground; bool
+    original_size       (height, width); PIL's `.size` is (width, height)
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchFeature,
+    GenerationMixin,
+    InternVLConfig,
+    InternVLVisionModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
+from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
+from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import is_flash_attn_2_available, logging
+
+from .configuration_sa2va_i import Sa2VAiConfig, check_decoding_options
+from .processing_sa2va_i import (
+    SAMPLERS,
+    Sa2VAiProcessor,
+    Video,
+    check_mask_prompts,
+    check_sample_idx,
+    load_image,
+    open_video,
+    segmentation_request,
+)
+from .sam2_propagator import DecodedMasks, FrameFeatures, ObjectTracker, Sam2Propagator, resize, track_frames
+
+logger = logging.get_logger(__name__)
+
+# What `quantization_config` must leave alone: masks need every bit, and these parts are small.
+NEVER_QUANTIZED = ("propagator", "grounding_encoder", "text_hidden_fcs")
+
+
+@dataclass
+class Answer:
+    """An answer of the language model. seg_embeddings: (K, C), one SAM 2 prompt per `[SEG]`, in order."""
+
+    prediction: str
+    past_text: str
+    seg_embeddings: Tensor
+
+
+@dataclass
+class DecodingOptions:
+    """How one call samples and decodes; see `Sa2VAiConfig`."""
+
+    sample_num_frames: int
+    sampling: str
+    decoding: str
+    max_prompt_frames: int | None
+
+    def __post_init__(self):
+        check_decoding_options(self.sample_num_frames, self.sampling, self.decoding, self.max_prompt_frames)
+
+    def sample_idx(self, video: Video) -> list[int]:
+        return SAMPLERS[self.sampling](video.num_frames, self.sample_num_frames)
+
+
+class VideoSegmentation(Iterator):
+    """The answer to one prompt about a video, and an iterator over the masks of its frames.
+
+    Yields `(frame_idx, masks)` for every frame in order, masks (K, height, width) bool, K the number of `[SEG]`;
+    nothing where the answer has none. Neither the frames nor the masks of the whole video are held.
+
+    prediction (`str`): the answer, special tokens kept.
+    past_text (`str`): pass it to the next call to go on with the conversation.
+    sample_idx (`list[int]`): the sampled frames.
+    num_objects, num_frames (`int`): K, and the length of the video.
+    """
+
+    def __init__(self, answer: Answer, sample_idx: list[int], num_frames: int, masks: Iterator[tuple[int, np.ndarray]]):
+        self.prediction = answer.prediction
+        self.past_text = answer.past_text
+        self.sample_idx = sample_idx
+        self.num_objects = len(answer.seg_embeddings)
+        self.num_frames = num_frames
+        self._masks = masks
+
+    def __next__(self) -> tuple[int, np.ndarray]:
+        return next(self._masks)
+
+
+class Sa2VAiModel(PreTrainedModel, GenerationMixin):
+    """Sa2VA-i: `predict_forward` answers and segments in one call, `segment` streams the masks of a video."""
+
+    config_class = Sa2VAiConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _no_split_modules = ["InternVLVisionLayer", "Sam2Propagator", "Sam2VideoMaskDecoder"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: Sa2VAiConfig):
+        super().__init__(config)
+        llm_width, sam2_width = config.llm_config.hidden_size, config.sam2_config.mask_decoder_config.hidden_size
+        self.vision_model = InternVLVisionModel(config.vision_config)
+        self.mlp1 = InternVLMultiModalProjector(
+            InternVLConfig(  # of copies: a config resets the attention of the configs it is given
+                vision_config=config.vision_config.to_dict(),
+                text_config=config.llm_config.to_dict(),
+                downsample_ratio=config.downsample_ratio,
+            )
+        )
+        self.language_model = AutoModelForCausalLM.from_config(config.llm_config)
+        self.text_hidden_fcs = nn.Sequential(
+            nn.Linear(llm_width, llm_width), nn.ReLU(), nn.Linear(llm_width, sam2_width), nn.Dropout(0.0)
+        )
+        # The original SAM 2: encodes every frame, and carries masks from frame to frame. Never trained.
+        self.propagator = Sam2Propagator(config.sam2_config)
+        # The fine-tuned decoder: turns [SEG] into initial masks, without memory.
+        self.grounding_encoder = Sam2VideoMaskDecoder(config.sam2_config.mask_decoder_config)
+        self._processor: Sa2VAiProcessor | None = None
+        self._tokenizer_kwargs: dict[str, Any] = {}
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *model_args, use_flash_attn: bool = False, **kwargs
+    ) -> "Sa2VAiModel":
+        """As `PreTrainedModel.from_pretrained`, with these differences.
+
+        A weight that is missing or of another shape is an error: without its original decoder Sa2VA-i would propagate
+        noise. `use_flash_attn=True` stands for `attn_implementation="flash_attention_2"` where flash-attn is installed.
+        `quantization_config` never reaches SAM 2, the decoders and `text_hidden_fcs`.
+
+        Raises:
+            ValueError: the checkpoint is not whole; the message names the parts and how to convert.
+        """
+        if use_flash_attn and "attn_implementation" not in kwargs:
+            kwargs["attn_implementation"] = _flash_attention_or_sdpa()
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _without_mask_modules(kwargs["quantization_config"])
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        _check_whole(pretrained_model_name_or_path, info)
+        hub_options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+        model._tokenizer_kwargs = {key: kwargs[key] for key in hub_options if key in kwargs}
+        return (model, info) if with_info else model
+
+    @property
+    def processor(self) -> Sa2VAiProcessor:
+        """The model's own processor: its tokenizer is read from where the weights came from, at first use."""
+        if self._processor is None:
+            # given the config, AutoTokenizer does not ask whether to run the code that is running already
+            tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, **self._tokenizer_kwargs)
+            self._processor = self._processor_for(tokenizer)
+        return self._processor
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    # The language model
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Visual tokens (tiles, num_image_tokens, hidden_size) of `pixel_values` (tiles, 3, image_size, image_size)."""
+        pixel_values = pixel_values.to(self.vision_model.device, self.vision_model.dtype)
+        patches = self.vision_model(pixel_values).last_hidden_state[:, 1:]  # without the class token
+        return self.mlp1(merge_patches(patches, self.config.token_grid_size))
+
+    def embed_prompt(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, region_masks: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (1, L, hidden_size) of a prompt, visual tokens in the place of `<IMG_CONTEXT>`.
+
+        Args:
+            input_ids, pixel_values, region_masks: as `Sa2VAiProcessor.__call__` returns them. A region's tokens are those
+                of the last tile (the whole image) that it covers, and come after the image's own.
+        """
+        input_ids = input_ids.to(self.device)
+        embeddings = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            return embeddings
+        features = self.get_image_features(pixel_values)
+        visual_tokens = features.flatten(0, 1)
+        if region_masks is not None:
+            regions = [features[-1][mask.flatten().to(features.device)] for mask in region_masks]
+            visual_tokens = torch.cat([visual_tokens, *regions])
+        is_visual = (input_ids == self.config.img_context_token_id)[..., None].to(embeddings.device)
+        return embeddings.masked_scatter(is_visual, visual_tokens.to(embeddings.device, embeddings.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        region_masks: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """The language model's output for a prompt with its visual tokens; with `labels` (1, L), its loss too."""
+        embeddings = self.embed_prompt(input_ids, pixel_values, region_masks)
+        return self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        region_masks: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Generated token ids (1, N) alone, without the prompt's. Takes what the language model's `generate` takes."""
+        embeddings = self.embed_prompt(input_ids, pixel_values, region_masks)
+        generation_config = copy.deepcopy(kwargs.pop("generation_config", self.generation_config))
+        kwargs = generation_config.update(**kwargs)  # returns what is no generation setting
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask.to(embeddings.device)
+        return self.language_model.generate(inputs_embeds=embeddings, generation_config=generation_config, **kwargs)
+
+    # What callers use
+
+    def preparing_for_generation(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_new_tokens: int = 2048,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs,
+    ) -> None:
+        """Set the tokenizer, the answer's length limit and the dtype for the calls to come (optional; drop-in)."""
+        self._processor = self._processor_for(tokenizer)
+        self.generation_config.max_new_tokens = max_new_tokens
+        if torch_dtype is not None:
+            self.to(torch_dtype)
+
+    @torch.no_grad()
+    def predict_forward(
+        self,
+        image: Image.Image | str | Path | np.ndarray | None = None,
+        video: Video | Sequence | str | Path | np.ndarray | None = None,
+        text: str | None = None,
+        past_text: str = "",
+        mask_prompts: Sequence | np.ndarray | Tensor | None = None,
+        tokenizer: PreTrainedTokenizerBase | Sa2VAiProcessor | None = None,
+        processor: Sa2VAiProcessor | None = None,
+        sample_num_frames: int | None = None,
+        *,
+        sample_idx: Sequence[int] | None = None,
+        max_prompt_frames: int | None = None,
+        return_drafts_only: bool = False,
+        decoding: str | None = None,
+        sampling: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> dict[str, Any]:
+        """Answer a prompt about an image, a video or neither, and segment what the answer points at.
+
+        Args:
+            image: a PIL image, a path or a (height, width, 3) uint8 array.
+            video: a path to a video file or a folder of frames, a list of PIL images or of paths, or a
+                (T, height, width, 3) uint8 array. For long videos see `segment`.
+            text: the prompt, taken as it is. `<image>` marks where the image or the frames stand; put first if absent.
+            past_text: of the last turn's result; give the same image or video again with it.
+            mask_prompts: (n, height, width) regions of the image, region1 .. regionN in the text.
+            tokenizer, processor: the model's own if absent; either argument takes either.
+            sample_num_frames, sampling, decoding, max_prompt_frames: see `Sa2VAiConfig`, whose values are the defaults.
+            sample_idx: the sampled frames themselves, in the place of `sample_num_frames` and `sampling`.
+            return_drafts_only: stop at the initial masks of the sampled frames, without propagation.
+            max_new_tokens: limit of the answer's length. A `[SEG]` that is cut off as the last token has no mask.
+        Returns:
+            `prediction` (str): the answer, special tokens kept.
+            `prediction_masks` (list, one per `[SEG]`): bool arrays (T, height, width); (1, height, width) for an image,
+                (number of sampled frames, height, width) for drafts. Empty without `[SEG]`.
+            `past_text` (str): for the next turn.
+            `sample_idx` (list of int, video only): the sampled frames.
+        Raises:
+            ValueError, FileNotFoundError: before any model work, naming what was given and what was expected.
+        """
+        if text is None:
+            raise ValueError("`text` is missing; give the prompt.")
+        if image is not None and video is not None:
+            raise ValueError("Give an `image` or a `video`, not both.")
+        if mask_prompts is not None and image is None:
+            raise ValueError("`mask_prompts` go with an `image`, and only with one.")
+        options = self._decoding_options(sample_num_frames, sampling, decoding, max_prompt_frames)
+        processor = self._resolve_processor(processor if processor is not None else tokenizer)
+        if video is not None:
+            segmentation = self._segment_video(
+                processor, open_video(video), text, past_text, sample_idx, options, return_drafts_only, max_new_tokens
+            )
+            masks = [masks for _, masks in segmentation]
+            return {
+                "prediction": segmentation.prediction,
+                "prediction_masks": list(np.stack(masks, axis=1)) if masks else [],
+                "past_text": segmentation.past_text,
+                "sample_idx": segmentation.sample_idx,
+            }
+        if image is not None:
+            return self._predict_image(processor, load_image(image), text, past_text, mask_prompts, max_new_tokens)
+        return self._predict_text(processor, text, past_text, max_new_tokens)
+
+    def segment(
+        self,
+        video: Video | Sequence | str | Path | np.ndarray,
+        text: str,
+        *,
+        past_text: str = "",
+        processor: Sa2VAiProcessor | PreTrainedTokenizerBase | None = None,
+        sample_num_frames: int | None = None,
+        sample_idx: Sequence[int] | None = None,
+        max_prompt_frames: int | None = None,
+        decoding: str | None = None,
+        sampling: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> VideoSegmentation:
+        """Segment a video of any length, frame by frame.
+
+        The answer is there when the call returns; the masks come as the result is iterated over:
+
+            for frame_idx, masks in model.segment("dog.mp4", "the dog that jumps first"):
+                ...                                                 # masks: (K, height, width) bool
+
+        What is held at a time: one frame, the prompt frames' masks and memory, 6 memories and 15 pointers.
+
+        Args:
+            text: a request ("Please segment the dog."), a question, or a phrase alone (see `segmentation_request`).
+            others: as in `predict_forward`.
+        Raises:
+            ValueError, FileNotFoundError: as `predict_forward`, at the call.
+        """
+        options = self._decoding_options(sample_num_frames, sampling, decoding, max_prompt_frames)
+        processor = self._resolve_processor(processor)
+        return self._segment_video(
+            processor,
+            open_video(video),
+            segmentation_request(text),
+            past_text,
+            sample_idx,
+            options,
+            drafts_only=False,
+            max_new_tokens=max_new_tokens,
+        )
+
+    # One function per mode
+
+    @torch.no_grad()
+    def _segment_video(
+        self,
+        processor: Sa2VAiProcessor,
+        video: Video,
+        text: str,
+        past_text: str,
+        sample_idx: Sequence[int] | None,
+        options: DecodingOptions,
+        drafts_only: bool,
+        max_new_tokens: int | None,
+    ) -> VideoSegmentation:
+        if sample_idx is None:
+            sample_idx = options.sample_idx(video)
+        else:
+            sample_idx = check_sample_idx(sample_idx, video.num_frames)
+        frames = video.frames_at(sample_idx)
+        prompt = processor.prompt_text(text, past_text, has_media=True)
+        answer = self._answer(processor, prompt, processor(prompt, frames=frames), max_new_tokens)
+        if len(answer.seg_embeddings) == 0:
+            masks = iter(())
+        elif drafts_only:
+            masks = self._draft_masks(processor, video, frames, sample_idx, answer.seg_embeddings, options)
+        else:
+            masks = self._video_masks(processor, video, frames, sample_idx, answer.seg_embeddings, options)
+        return VideoSegmentation(answer, sample_idx, video.num_frames, masks)
+
+    def _predict_image(
+        self,
+        processor: Sa2VAiProcessor,
+        image: Image.Image,
+        text: str,
+        past_text: str,
+        mask_prompts: Sequence | np.ndarray | Tensor | None,
+        max_new_tokens: int | None,
+    ) -> dict[str, Any]:
+        original_size = image.size[::-1]
+        if mask_prompts is not None:
+            mask_prompts = check_mask_prompts(mask_prompts, original_size)
+        prompt = processor.prompt_text(text, past_text, has_media=True)
+        inputs = processor(prompt, image=image, mask_prompts=mask_prompts)
+        answer = self._answer(processor, prompt, inputs, max_new_tokens)
+        masks = []
+        if len(answer.seg_embeddings):
+            _, decoded = self._decode_initial(processor, image, answer.seg_embeddings)
+            masks = list(_to_array(self.propagator.masks_at(decoded.logits, original_size))[:, None])
+        return {"prediction": answer.prediction, "prediction_masks": masks, "past_text": answer.past_text}
+
+    def _predict_text(
+        self, processor: Sa2VAiProcessor, text: str, past_text: str, max_new_tokens: int | None
+    ) -> dict[str, Any]:
+        prompt = processor.prompt_text(text, past_text)
+        answer = self._answer(processor, prompt, processor(prompt), max_new_tokens)
+        return {"prediction": answer.prediction, "prediction_masks": [], "past_text": answer.past_text}
+
+    # From the answer to the masks
+
+    def _answer(
+        self, processor: Sa2VAiProcessor, prompt: str, inputs: BatchFeature, max_new_tokens: int | None
+    ) -> Answer:
+        limits = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        with last_states(self.get_decoder().norm) as states:
+            token_ids = self.generate(
+                **inputs,
+                eos_token_id=processor.stop_token_ids,
+                pad_token_id=processor.tokenizer.pad_token_id,
+                **limits,
+            )[0]
+        seg_states = select_seg_states(torch.cat(states), token_ids, processor.seg_token_id)
+        prediction = processor.decode(token_ids)
+        seg_embeddings = self.text_hidden_fcs(seg_states.to(self.text_hidden_fcs[0].weight.device))
+        return Answer(prediction, processor.past_text(prompt, prediction), seg_embeddings)
+
+    def _decode_initial(
+        self, processor: Sa2VAiProcessor, frame: Image.Image, seg_embeddings: Tensor
+    ) -> tuple[tuple[Tensor, ...], DecodedMasks]:
+        """The feature pyramid of one sampled frame, and its masks from `[SEG]`."""
+        pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
+        features = self.propagator.features_for(self.grounding_encoder, pyramid)
+        return pyramid, self.propagator.decode_seg(self.grounding_encoder, features, seg_embeddings)
+
+    @torch.no_grad()
+    def _draft_masks(
+        self,
+        processor: Sa2VAiProcessor,
+        video: Video,
+        frames: Sequence[Image.Image],
+        sample_idx: Sequence[int],
+        seg_embeddings: Tensor,
+        options: DecodingOptions,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        for frame_idx, frame in zip(sample_idx, frames, strict=True):
+            _, decoded = self._decode_initial(processor, frame, seg_embeddings)
+            if options.decoding == "memory":
+                masks = self.propagator.masks_at(decoded.logits, video.original_size)
+            else:
+                masks = initial_masks(decoded, video.original_size)
+            yield frame_idx, _to_array(masks)
+
+    @torch.no_grad()
+    def _video_masks(
+        self,
+        processor: Sa2VAiProcessor,
+        video: Video,
+        frames: Sequence[Image.Image],
+        sample_idx: Sequence[int],
+        seg_embeddings: Tensor,
+        options: DecodingOptions,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Every frame is encoded once: the sampled ones here, the others as they are tracked."""
+        consistent = options.decoding == "consistent"
+        decoder = self.propagator.mask_decoder if consistent else self.grounding_encoder
+        tracker = ObjectTracker(self.propagator, decoder, gate_masks=consistent)
+        prompt_idx = set(sample_idx[: options.max_prompt_frames])
+        features_to_come = {}
+        for frame_idx, frame in zip(sample_idx, frames, strict=True):
+            pyramid, decoded = self._decode_initial(processor, frame, seg_embeddings)
+            features = self.propagator.features_for(decoder, pyramid)
+            if frame_idx not in prompt_idx:
+                features_to_come[frame_idx] = features
+            elif consistent:
+                tracker.add_mask_prompt(frame_idx, features, initial_masks(decoded, video.original_size))
+            else:
+                tracker.add_seg_prompt(frame_idx, features, decoded)
+
+        def encode(frame: Image.Image) -> FrameFeatures:
+            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
+            return self.propagator.features_for(decoder, pyramid)
+
+        for frame_idx, logits in track_frames(tracker, video, encode, features_to_come):
+            yield frame_idx, _to_array(self.propagator.masks_at(logits, video.original_size))
+
+    # Defaults
+
+    def _decoding_options(
+        self, sample_num_frames: int | None, sampling: str | None, decoding: str | None, max_prompt_frames: int | None
+    ) -> DecodingOptions:
+        config = self.config
+        return DecodingOptions(
+            config.sample_num_frames if sample_num_frames is None else sample_num_frames,
+            config.sampling if sampling is None else sampling,
+            config.decoding if decoding is None else decoding,
+            config.max_prompt_frames if max_prompt_frames is None else max_prompt_frames,
+        )
+
+    def _resolve_processor(self, given: Sa2VAiProcessor | PreTrainedTokenizerBase | None) -> Sa2VAiProcessor:
+        """`given` as a processor; anything with a `.tokenizer` is one (a Hub copy of this file has its own class)."""
+        if given is None:
+            return self.processor
+        processor = given if hasattr(given, "tokenizer") else self._processor_for(given)
+        if processor.seg_token_id != self.config.seg_token_id:
+            raise ValueError(
+                f"[SEG] is token {processor.seg_token_id} of the given tokenizer and {self.config.seg_token_id} of "
+                "this model; it is another model's tokenizer."
+            )
+        return processor
+
+    def _processor_for(self, tokenizer: PreTrainedTokenizerBase) -> Sa2VAiProcessor:
+        return Sa2VAiProcessor.from_config(self.config, tokenizer)
+
+
+def merge_patches(patches: Tensor, grid_size: int) -> Tensor:
+    """Pixel shuffle (version 2) of InternVL: each r x r block of patches becomes one token.
+
+    Args:
+        patches: (tiles, side * side, channels), row by row, side = r * grid_size.
+    Returns:
+        (tiles, grid_size * grid_size, r * r * channels), a block's patches row by row in the last dimension.
+    """
+    ratio = int(patches.shape[1] ** 0.5) // grid_size
+    blocks = patches.unflatten(1, (grid_size, ratio, grid_size, ratio))  # (tiles, row, r, column, r, channels)
+    return blocks.transpose(2, 3).flatten(3, 5).flatten(1, 2)
+
+
+@contextmanager
+def last_states(norm: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the last position's state, (1, hidden_size), of every pass through the language model's final norm.
+
+    The same numbers as `output_hidden_states=True`, without the prompt's and the other layers'.
+    """
+    states: list[Tensor] = []
+    handle = norm.register_forward_hook(lambda module, args, output: states.append(output[0, -1:]))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def select_seg_states(states: Tensor, token_ids: Tensor, seg_token_id: int) -> Tensor:
+    """States (K, hidden_size) at the generated `[SEG]` tokens.
+
+    Args:
+        states: (N, hidden_size), one per step; step i takes generated token i - 1 as its input.
+        token_ids: (N,) generated ids. The last is never an input, so it has no state.
+    """
+    is_seg = (token_ids[:-1] == seg_token_id).to(states.device)
+    return states[1:][is_seg]
+
+
+def initial_masks(decoded: DecodedMasks, original_size: tuple[int, int]) -> Tensor:
+    """(K, height, width) bool masks of a sampled frame, straight from stride 4."""
+    return resize(decoded.logits, original_size)[:, 0] > 0
+
+
+def _to_array(masks: Tensor) -> np.ndarray:
+    return masks.cpu().numpy()
+
+
+def _flash_attention_or_sdpa() -> str:
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    logger.warning("`use_flash_attn=True`, but flash-attn is not installed: using PyTorch's sdpa attention.")
+    return "sdpa"
+
+
+def _without_mask_modules(quantization_config: Any) -> Any:
+    """A copy of `quantization_config` that skips `NEVER_QUANTIZED`, besides what it skips already (else the head)."""
+    config = copy.deepcopy(quantization_config)
+    if isinstance(config, dict):
+        config = AutoQuantizationConfig.from_dict(config)
+    name = "llm_int8_skip_modules" if hasattr(config, "llm_int8_skip_modules") else "modules_to_not_convert"
+    setattr(config, name, [*(getattr(config, name, None) or ["lm_head"]), *NEVER_QUANTIZED])
+    return config
+
+
+def _check_whole(name_or_path: str | Path, loading_info: dict[str, Any]) -> None:
+    """Raise a ValueError if a weight of the model was not in the checkpoint."""
+    lacking = sorted(set(loading_info["missing_keys"]) | {key for key, *_ in loading_info["mismatched_keys"]})
+    if not lacking:
+        return
+    parts = sorted({_part_of(key) for key in lacking})
+    raise ValueError(
+        f"{name_or_path} is not a whole Sa2VA-i checkpoint: {len(lacking)} weights are missing or of another shape, in "
+        f"{', '.join(parts)} (first: {lacking[0]}). Convert the published Sa2VA or Sa2VA-i checkpoint with "
+        "`sa2va-i convert SOURCE OUT --sam2 sam2_hiera_large.pt` and load OUT."
+    )
+
+
+def _part_of(key: str) -> str:
+    part, _, rest = key.partition(".")
+    if part == "propagator":
+        return "the original mask decoder (propagator)" if rest.startswith("mask_decoder.") else "the original SAM 2"
+    return part

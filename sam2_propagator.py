@@ -1,0 +1,388 @@
+"""The propagator: the original SAM 2, which carries initial masks to every frame of a video.
+
+`Sam2Propagator` is transformers' `Sam2VideoModel`, parameter for parameter, with a loop of its own: the masks of
+`Sam2VideoModel.propagate_in_video_iterator` differ from those of the SAM 2 that Sa2VA-i is built on, and it keeps every
+frame. The modules are the native ones; what is written here is the order in which they run and what they remember.
+
+Letters in shapes: K objects, B frames, C channels (256), H x W the size of SAM 2's input (1024), h x w = H/16 x W/16.
+Logits are at stride 4, (K, 1, 4h, 4w); > 0 is foreground. `frame_idx` is the position in the whole video.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Sam2VideoModel
+
+ABSENT_LOGIT = -1024.0  # the logit of every pixel of an object that SAM 2 scores as absent
+# A mask given by the caller becomes these logits; SAM 2 treats it like a prediction of its own that is certain.
+MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
+
+Frame = TypeVar("Frame")
+
+
+class FrameFeatures(NamedTuple):
+    """Image features of B frames as one mask decoder takes them.
+
+    stride4: (B, C/8, 4h, 4w) and stride8: (B, C/4, 2h, 2w), through that decoder's own `conv_s0` and `conv_s1`.
+    stride16: (B, C, h, w), the same for every decoder; also what memory attention and memory encoder see.
+    """
+
+    stride4: Tensor
+    stride8: Tensor
+    stride16: Tensor
+
+
+class DecodedMasks(NamedTuple):
+    """The mask of highest predicted IoU of each object.
+
+    logits: (K, 1, 4h, 4w), not gated by the object score.
+    tokens: (K, C), the decoder's output token of that mask, from which an object pointer is made.
+    object_score_logits: (K, 1); > 0 where the object is in the frame.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    object_score_logits: Tensor
+
+    @property
+    def is_present(self) -> Tensor:
+        return self.object_score_logits > 0
+
+
+class FrameMemory(NamedTuple):
+    """What is remembered of one frame. features: (K, h * w, 64) in bfloat16; pointers: (K, C)."""
+
+    features: Tensor
+    pointers: Tensor
+
+
+class Sam2Propagator(Sam2VideoModel):
+    """The complete original SAM 2: image encoder, prompt encoder, mask decoder, memory encoder, memory attention."""
+
+    _no_split_modules = ["Sam2Propagator"]  # its methods call each other's parameters: one device holds them all
+
+    @property
+    def image_side(self) -> int:
+        """Side in pixels of the square frames it takes."""
+        return self.config.image_size
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Feature pyramid of B frames, before any decoder's own convolutions.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised as `Sa2VAiProcessor.sam2_pixel_values` does.
+        Returns:
+            (B, C, 4h, 4w), (B, C, 2h, 2w), (B, C, h, w).
+        """
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        return tuple(self.vision_encoder(pixel_values, return_dict=True).fpn_hidden_states)
+
+    def features_for(self, decoder: nn.Module, feature_pyramid: Sequence[Tensor]) -> FrameFeatures:
+        """The feature pyramid of `encode_images` as `decoder` takes it."""
+        stride4, stride8, stride16 = feature_pyramid
+        return FrameFeatures(decoder.conv_s0(stride4), decoder.conv_s1(stride8), stride16)
+
+    def decode_seg(self, decoder: nn.Module, features: FrameFeatures, seg_embeddings: Tensor) -> DecodedMasks:
+        """Masks of one frame from `[SEG]`, without memory, as in training (arXiv:2509.19082, consistent decoding).
+
+        Args:
+            decoder: the fine-tuned mask decoder.
+            features: of one frame (B = 1), made for `decoder`.
+            seg_embeddings: (K, C), the projected `[SEG]` states.
+        """
+        seg_embeddings = seg_embeddings.to(self.device, self.dtype)
+        no_points = self._no_points(len(seg_embeddings))
+        return self._decode(
+            decoder,
+            features,
+            image_embeddings=features.stride16 + self.no_memory_embedding[0, :, :, None, None],
+            # K prompts on one image: the decoder's second batch dimension
+            sparse=torch.cat([no_points, seg_embeddings[:, None]], dim=1)[None],
+            dense=self._no_mask(),
+        )
+
+    def decode_tracked(self, decoder: nn.Module, features: FrameFeatures, image_embeddings: Tensor) -> DecodedMasks:
+        """Masks of one frame from memory alone. `image_embeddings`: (K, C, h, w), of `recall`."""
+        no_points = self._no_points(len(image_embeddings))
+        return self._decode(decoder, features, image_embeddings, sparse=no_points[:, None], dense=self._no_mask())
+
+    def decode_mask_prompt(self, decoder: nn.Module, features: FrameFeatures, masks: Tensor) -> DecodedMasks:
+        """The decoder's view of masks that are given: wanted for its tokens, which become object pointers.
+
+        Args:
+            masks: (K, 1, H, W) of 0 and 1.
+        """
+        num_objects = len(masks)
+        return self._decode(
+            decoder,
+            features,
+            image_embeddings=features.stride16.expand(num_objects, -1, -1, -1),
+            sparse=self._no_points(num_objects)[:, None],
+            dense=self.prompt_encoder.mask_embed(self.mask_downsample(masks.to(self.dtype))),
+            multimask_output=False,
+        )
+
+    def object_pointers(self, tokens: Tensor, is_present: Tensor) -> Tensor:
+        """(K, C) pointers from decoder tokens (K, C); the learnt "no object" where `is_present` (K, 1) is false."""
+        return torch.where(is_present, self.object_pointer_proj(tokens), self.no_object_pointer)
+
+    def encode_memory(self, features: FrameFeatures, logits: Tensor) -> Tensor:
+        """(K, h * w, 64) memory features of one frame and its masks' logits (K, 1, 4h, 4w).
+
+        Kept in bfloat16 whatever the model's dtype, as the original does: float32 results depend on it.
+        """
+        probabilities = resize(logits, self.image_side).sigmoid()
+        masks = probabilities * self.config.sigmoid_scale_for_mem_enc + self.config.sigmoid_bias_for_mem_enc
+        memory, _ = self.memory_encoder(features.stride16, masks.to(self.dtype))
+        return memory.flatten(2).transpose(1, 2).to(torch.bfloat16)
+
+    def recall(
+        self, features: FrameFeatures, memories: Sequence[tuple[int, Tensor]], pointers: Sequence[Tensor]
+    ) -> Tensor:
+        """Image embeddings (K, C, h, w) of one frame, after attention to what is remembered.
+
+        Args:
+            features: of the frame (B = 1).
+            memories: (temporal index, (K, h * w, 64) features); the index picks a row of the temporal encoding.
+            pointers: each (K, C). They carry no position: SAM 2.0 gives pointers none.
+        """
+        num_objects = len(memories[0][1])
+        _, channels, height, width = features.stride16.shape
+        image = features.stride16.flatten(2).permute(2, 0, 1).expand(-1, num_objects, -1)  # (h * w, K, C)
+        image_position = self.vision_encoder.neck.position_encoding(
+            features.stride16.shape, features.stride16.device, features.stride16.dtype
+        )
+        spatial_position = self._memory_position(height, width)  # (h * w, 64)
+        temporal_position = self.memory_temporal_positional_encoding[:, 0, 0]  # (7, 64)
+
+        tokens = [memory.to(self.dtype) for _, memory in memories]
+        position = [spatial_position + temporal_position[index] for index, _ in memories]
+        num_pointer_tokens = 0
+        if pointers:
+            # a pointer is wider than the memory: it becomes C / 64 tokens
+            pointer_tokens = torch.stack(list(pointers), dim=1).reshape(num_objects, -1, self.mem_dim)
+            num_pointer_tokens = pointer_tokens.shape[1]
+            tokens.append(pointer_tokens)
+            position.append(spatial_position.new_zeros(num_pointer_tokens, self.mem_dim))
+
+        recalled = self.memory_attention(
+            current_vision_features=image,
+            current_vision_position_embeddings=image_position.flatten(2).permute(2, 0, 1),
+            memory=torch.cat(tokens, dim=1).transpose(0, 1),  # (S, K, 64)
+            memory_posision_embeddings=torch.cat(position)[:, None],  # (S, 1, 64); transformers' spelling
+            num_object_pointer_tokens=num_pointer_tokens,
+        )
+        return recalled.reshape(num_objects, height, width, channels).permute(0, 3, 1, 2)
+
+    def propagate(self, frames: Sequence[Tensor], prompt_masks: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Carry masks of a few frames to all frames (semi-supervised video object segmentation).
+
+        Args:
+            frames: one (3, H, W) tensor per frame, normalised as `Sa2VAiProcessor.sam2_pixel_values` does; read by
+                index, so a lazy sequence is held one frame at a time.
+            prompt_masks: for at least one frame_idx, the (K, height, width) bool masks there, at any one size.
+        Yields:
+            (frame_idx, logits) in order, logits (K, 1, 4h, 4w); `masks_at` turns them into masks of the video's size.
+        """
+        if not prompt_masks:
+            raise ValueError("`prompt_masks` is empty; give the masks of at least one frame.")
+
+        def encode(frame: Tensor) -> FrameFeatures:
+            return self.features_for(self.mask_decoder, self.encode_images(frame[None]))
+
+        tracker = ObjectTracker(self, self.mask_decoder)
+        with torch.no_grad():
+            for frame_idx in sorted(prompt_masks):
+                tracker.add_mask_prompt(frame_idx, encode(frames[frame_idx]), prompt_masks[frame_idx])
+        yield from track_frames(tracker, frames, encode)
+
+    def masks_at(self, logits: Tensor, original_size: tuple[int, int]) -> Tensor:
+        """(K, height, width) bool masks at `original_size` from propagated logits, by way of H x W as SAM 2 does."""
+        return resize(resize(logits, self.image_side), original_size)[:, 0] > 0
+
+    def _decode(
+        self,
+        decoder: nn.Module,
+        features: FrameFeatures,
+        image_embeddings: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        multimask_output: bool = True,
+    ) -> DecodedMasks:
+        logits, iou_scores, tokens, object_score_logits = decoder(
+            image_embeddings=image_embeddings,
+            image_positional_embeddings=self.get_image_wide_positional_embeddings(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask_output,
+            high_resolution_features=[features.stride4, features.stride8],
+        )
+        # the two batch dimensions, images and prompts, are one: objects
+        best = iou_scores.flatten(0, 1).argmax(dim=-1)
+        objects = torch.arange(len(best), device=best.device)
+        return DecodedMasks(
+            logits=logits.flatten(0, 1)[objects, best][:, None],
+            tokens=tokens.flatten(0, 1)[objects, best],
+            object_score_logits=object_score_logits.flatten(0, 1),
+        )
+
+    def _no_points(self, num_objects: int) -> Tensor:
+        """(K, 2, C). Without a point prompt SAM 2 still embeds one padding point, and pads it once more."""
+        return self.prompt_encoder.not_a_point_embed.weight.expand(num_objects, 2, -1)
+
+    def _no_mask(self) -> Tensor:
+        return self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
+
+    def _memory_position(self, height: int, width: int) -> Tensor:
+        """(h * w, 64) spatial encoding of a memory."""
+        shape = torch.Size((1, self.mem_dim, height, width))
+        encoding = self.memory_encoder.position_encoding(shape, self.device, self.dtype)
+        return encoding[0].flatten(1).transpose(0, 1)
+
+
+class MemoryBank:
+    """What SAM 2 remembers of one set of objects: prompt frames for good, the last 6 memories, the last 15 pointers.
+
+    Nothing older is ever read (`num_maskmem` = 7, `max_object_pointers_in_encoder` = 16), so nothing older is kept:
+    its size does not depend on the length of the video.
+    """
+
+    def __init__(self, num_maskmem: int, max_object_pointers: int):
+        self._memory_reach = num_maskmem - 1
+        self._pointer_reach = max_object_pointers - 1
+        self._prompts: dict[int, FrameMemory] = {}
+        self._tracked_features: dict[int, Tensor] = {}
+        self._tracked_pointers: dict[int, Tensor] = {}
+
+    def add_prompt_frame(self, frame_idx: int, memory: FrameMemory) -> None:
+        self._prompts[frame_idx] = memory
+
+    def add_tracked_frame(self, frame_idx: int, memory: FrameMemory) -> None:
+        """Frames are added in order; what no later frame can read is dropped."""
+        self._tracked_features[frame_idx] = memory.features
+        self._tracked_pointers[frame_idx] = memory.pointers
+        self._tracked_features = _within(self._tracked_features, frame_idx + 1, self._memory_reach)
+        self._tracked_pointers = _within(self._tracked_pointers, frame_idx + 1, self._pointer_reach)
+
+    def memories_for(self, frame_idx: int) -> list[tuple[int, Tensor]]:
+        """(temporal index, features): every prompt frame, past or future, then the tracked frames in reach.
+
+        A tracked frame's index is its distance less one; prompt frames have the last index, at any distance.
+        """
+        prompts = [(self._memory_reach, memory.features) for memory in self._prompts.values()]
+        tracked = _within(self._tracked_features, frame_idx, self._memory_reach)
+        return prompts + [(frame_idx - idx - 1, features) for idx, features in tracked.items()]
+
+    def pointers_for(self, frame_idx: int) -> list[Tensor]:
+        """Pointers of the prompt frames up to `frame_idx`, then of the tracked frames in reach, the nearest first."""
+        prompts = [memory.pointers for idx, memory in self._prompts.items() if idx <= frame_idx]
+        return prompts + list(reversed(_within(self._tracked_pointers, frame_idx, self._pointer_reach).values()))
+
+    def __len__(self) -> int:
+        """Number of frames of which anything is kept."""
+        return len(self._prompts.keys() | self._tracked_features.keys() | self._tracked_pointers.keys())
+
+
+def _within(tracked: dict[int, Tensor], frame_idx: int, reach: int) -> dict[int, Tensor]:
+    """The entries at most `reach` frames before `frame_idx`; prompt frames between count as distance too."""
+    return {idx: entry for idx, entry in tracked.items() if frame_idx - idx <= reach}
+
+
+class ObjectTracker:
+    """Follows K objects through one video: prompt it on a few frames, then call `track` on the others in order.
+
+    Args:
+        propagator: the modules.
+        decoder: decodes every frame: the propagator's own mask decoder, or (memory decoding) the fine-tuned one.
+        gate_masks: whether an object that SAM 2 scores as absent has an empty mask. Its pointer is gated in any case.
+    """
+
+    def __init__(self, propagator: Sam2Propagator, decoder: nn.Module, gate_masks: bool = True):
+        self._propagator = propagator
+        self._decoder = decoder
+        self._gate_masks = gate_masks
+        self._prompt_logits: dict[int, Tensor] = {}
+        self.memory = MemoryBank(propagator.config.num_maskmem, propagator.config.max_object_pointers_in_encoder)
+
+    def add_mask_prompt(self, frame_idx: int, features: FrameFeatures, masks: Tensor) -> None:
+        """Take `masks`, (K, height, width) bool, as the truth of this frame.
+
+        The masks go to H x W and back to stride 4 before they are remembered, and are not made binary again: SAM 2's
+        way, kept because the memory depends on it.
+        """
+        propagator = self._propagator
+        masks = masks[:, None].to(propagator.device)
+        full_size = (resize(masks, propagator.image_side, antialias=True) >= 0.5).float()
+        logits = resize(
+            full_size * MASK_PROMPT_SCALE + MASK_PROMPT_BIAS, propagator.prompt_encoder.mask_input_size, antialias=True
+        )
+        decoded = propagator.decode_mask_prompt(self._decoder, features, full_size)
+        is_present = decoded.is_present & full_size.flatten(1).any(dim=1, keepdim=True)
+        self._add_prompt(frame_idx, features, logits, propagator.object_pointers(decoded.tokens, is_present))
+
+    def add_seg_prompt(self, frame_idx: int, features: FrameFeatures, decoded: DecodedMasks) -> None:
+        """Take the masks that `[SEG]` gave on this frame as they are, logits and all (the original Sa2VA)."""
+        pointers = self._propagator.object_pointers(decoded.tokens, decoded.is_present)
+        self._add_prompt(frame_idx, features, decoded.logits, pointers)
+
+    def is_prompt_frame(self, frame_idx: int) -> bool:
+        return frame_idx in self._prompt_logits
+
+    def prompt_logits(self, frame_idx: int) -> Tensor:
+        """Logits (K, 1, 4h, 4w) of a prompt frame, which are its result too."""
+        return self._prompt_logits[frame_idx]
+
+    def track(self, frame_idx: int, features: FrameFeatures) -> Tensor:
+        """Logits (K, 1, 4h, 4w) of a frame without a prompt. Frames must come in order."""
+        propagator = self._propagator
+        image_embeddings = propagator.recall(
+            features, self.memory.memories_for(frame_idx), self.memory.pointers_for(frame_idx)
+        )
+        decoded = propagator.decode_tracked(self._decoder, features, image_embeddings)
+        logits = decoded.logits
+        if self._gate_masks:
+            logits = torch.where(decoded.is_present[..., None, None], logits, ABSENT_LOGIT)
+        pointers = propagator.object_pointers(decoded.tokens, decoded.is_present)
+        self.memory.add_tracked_frame(frame_idx, FrameMemory(propagator.encode_memory(features, logits), pointers))
+        return logits
+
+    def _add_prompt(self, frame_idx: int, features: FrameFeatures, logits: Tensor, pointers: Tensor) -> None:
+        self._prompt_logits[frame_idx] = logits
+        memory = FrameMemory(self._propagator.encode_memory(features, logits), pointers)
+        self.memory.add_prompt_frame(frame_idx, memory)
+
+
+def track_frames(
+    tracker: ObjectTracker,
+    frames: Iterable[Frame],
+    encode: Callable[[Frame], FrameFeatures],
+    known_features: dict[int, FrameFeatures] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (frame_idx, logits) of every frame of a video, in order, holding none of them.
+
+    Frames before the first prompt are tracked too: their memory is the prompt frames to come.
+
+    Args:
+        tracker: with its prompts.
+        frames: the whole video.
+        encode: called once for each frame that neither prompts nor stands in `known_features`.
+        known_features: features of frames encoded before; each is dropped once its frame has passed.
+    """
+    known_features = dict(known_features or {})
+    for frame_idx, frame in enumerate(frames):
+        if tracker.is_prompt_frame(frame_idx):
+            yield frame_idx, tracker.prompt_logits(frame_idx)
+            continue
+        with torch.no_grad():
+            features = known_features.pop(frame_idx, None) or encode(frame)
+            logits = tracker.track(frame_idx, features)
+        yield frame_idx, logits
+
+
+def resize(images: Tensor, size: int | tuple[int, int], antialias: bool = False) -> Tensor:
+    """Bilinear resize of (N, 1, height, width) to `size`, in float32."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=antialias)
