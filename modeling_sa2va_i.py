@@ -209,7 +209,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         """Embeddings (1, L, hidden_size) of a prompt, visual tokens in the place of `<IMG_CONTEXT>`.
 
         Args:
-            input_ids, pixel_values, region_masks: as `Sa2VAiProcessor.__call__` returns them. A region's tokens are those
+            input_ids, pixel_values, region_masks: of `Sa2VAiProcessor.__call__`. The tokens of a region are those
                 of the last tile (the whole image) that it covers, and come after the image's own.
         """
         input_ids = input_ids.to(self.device)

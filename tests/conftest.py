@@ -1,0 +1,196 @@
+"""A small Sa2VA-i with random weights, the converted reference checkpoints, and videos made on the spot."""
+
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+# before transformers is imported: no network, and remote code copied to a place of its own
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sa2va-i-modules-")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoTokenizer
+
+from sa2va_i import Sa2VAiConfig, Sa2VAiModel, Sa2VAiProcessor
+from sa2va_i.convert_checkpoint import convert_checkpoint
+from sa2va_i.overlay import VideoWriter
+
+REFERENCE = Path(__file__).parent / "reference"
+
+SMALL_SAM2 = {
+    "image_size": 192,
+    "vision_config": {
+        "backbone_config": {
+            "model_type": "sam2_hiera_det_model",
+            "hidden_size": 16,
+            "num_attention_heads": 1,
+            "embed_dim_per_stage": [16, 32, 64, 128],
+            "num_attention_heads_per_stage": [1, 2, 4, 8],
+            "blocks_per_stage": [1, 1, 2, 1],
+            "global_attention_blocks": [3],
+            "image_size": [192, 192],
+            "window_size_per_stage": [8, 4, 6, 6],
+            "window_positional_embedding_background_size": [7, 7],
+        },
+        "backbone_channel_list": [128, 64, 32, 16],
+        "fpn_hidden_size": 64,
+        "backbone_feature_sizes": [[48, 48], [24, 24], [12, 12]],
+    },
+    "prompt_encoder_config": {"hidden_size": 64, "image_size": 192, "patch_size": 16},
+    "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "iou_head_hidden_dim": 64, "num_attention_heads": 4},
+    "memory_attention_hidden_size": 64,
+    "memory_attention_num_layers": 2,
+    "memory_attention_feed_forward_hidden_size": 128,
+    "memory_attention_rope_feat_sizes": [12, 12],
+    "memory_encoder_hidden_size": 64,
+    "mask_downsampler_embed_dim": 64,
+    "memory_fuser_embed_dim": 64,
+    "memory_fuser_intermediate_dim": 128,
+    "enable_temporal_pos_encoding_for_object_pointers": False,
+    "enable_occlusion_spatial_embedding": False,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(REFERENCE / "checkpoint_files", config=Sa2VAiConfig())
+
+
+@pytest.fixture(scope="session")
+def small_config(tokenizer) -> Sa2VAiConfig:
+    return Sa2VAiConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 56,
+            "patch_size": 14,
+            "attention_bias": True,
+        },
+        llm_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        },
+        sam2_config=SMALL_SAM2,
+        seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
+        img_context_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config, tokenizer) -> Sa2VAiModel:
+    """Random weights that make objects come and go: with transformers' own, every mask is one and the same constant."""
+    torch.manual_seed(0)
+    model = Sa2VAiModel(small_config).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.propagator.named_parameters(), *model.grounding_encoder.named_parameters()]:
+            fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
+            is_scale = "norm" in name and name.endswith("weight")
+            tensor.normal_(1.0 if is_scale else 0.0, 0.1 if tensor.ndim == 1 else fan_in**-0.5)
+    model.preparing_for_generation(tokenizer, max_new_tokens=12)
+    return model
+
+
+@pytest.fixture(scope="session")
+def small_processor(small_model) -> Sa2VAiProcessor:
+    return small_model.processor
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_model, tokenizer, tmp_path_factory) -> Path:
+    """The small model as a folder for `from_pretrained`."""
+    folder = tmp_path_factory.mktemp("small")
+    small_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answering() -> Callable[[Sa2VAiModel, str], AbstractContextManager]:
+    """`with answering(model, "It is [SEG]."):` makes the model give this answer, whatever it is asked."""
+
+    @contextmanager
+    def force(model: Sa2VAiModel, answer: str | list[int]) -> Iterator[None]:
+        token_ids = model.processor.tokenizer(answer).input_ids if isinstance(answer, str) else answer
+        remaining = iter(token_ids)
+
+        def favour_next(module, args, logits):
+            logits = logits.clone()
+            logits[..., next(remaining)] = 1e4
+            return logits
+
+        handle = model.language_model.lm_head.register_forward_hook(favour_next)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return force
+
+
+@pytest.fixture(scope="session")
+def frames() -> list[Image.Image]:
+    """12 frames of a disk that crosses a textured ground, 80 x 60."""
+    noise = np.random.default_rng(0).integers(60, 120, (60, 80, 3), dtype=np.uint8)
+    frames = []
+    for frame_idx in range(12):
+        frame = Image.fromarray(noise.copy())
+        x = 5 + 5 * frame_idx
+        ImageDraw.Draw(frame).ellipse((x, 20, x + 18, 38), fill=(230, 40, 40))
+        frames.append(frame)
+    return frames
+
+
+@pytest.fixture(scope="session")
+def video_file(frames, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "disk.mp4"
+    with VideoWriter(path, fps=10) as writer:
+        for frame in frames:
+            writer.write(frame)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> Path:
+    """Folder of the reference weights as published: `sa2va/`, `sa2va_i/`, `sam2.pt`."""
+    spec = importlib.util.spec_from_file_location("build_checkpoints", REFERENCE / "build_checkpoints.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("sources")
+    module.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sam2_config() -> dict:
+    return json.loads((REFERENCE / "sam2_config.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def converted(sources, sam2_config, tmp_path_factory) -> Path:
+    """The plain Sa2VA reference checkpoint, converted with the original decoder of the SAM 2 file."""
+    out = tmp_path_factory.mktemp("converted") / "sa2va_i"
+    return convert_checkpoint(sources / "sa2va", out, sam2=sources / "sam2.pt", sam2_config=sam2_config)
+
+
+@pytest.fixture(scope="session")
+def reference_model(converted) -> Sa2VAiModel:
+    return Sa2VAiModel.from_pretrained(converted)

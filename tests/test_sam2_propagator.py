@@ -1,0 +1,201 @@
+import pytest
+import torch
+
+from sa2va_i.sam2_propagator import FrameMemory, MemoryBank, ObjectTracker, resize, track_frames
+
+NUM_FRAMES = 24
+SIDE = 192
+
+
+@pytest.fixture(scope="module")
+def propagator(small_model):
+    return small_model.propagator
+
+
+@pytest.fixture(scope="module")
+def video() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(3, SIDE, SIDE, generator=generator) for _ in range(NUM_FRAMES)]
+
+
+def box(x: int, y: int) -> torch.Tensor:
+    mask = torch.zeros(1, 60, 80, dtype=torch.bool)
+    mask[:, y : y + 20, x : x + 25] = True
+    return mask
+
+
+LEFT, RIGHT, NOTHING = box(5, 10), box(45, 30), torch.zeros(1, 60, 80, dtype=torch.bool)
+
+
+def propagate(propagator, video, prompts) -> torch.Tensor:
+    """(T, K, 4h, 4w) logits."""
+    return torch.stack([logits[:, 0] for _, logits in propagator.propagate(video, prompts)])
+
+
+def test_masks_follow_the_video(propagator, video):
+    """The weights are random, yet nothing is constant: equality tests below would otherwise prove nothing."""
+    logits = propagate(propagator, video[:6], {0: LEFT})
+    masks = logits > 0
+    assert masks.any((1, 2, 3)).sum() > 2
+    assert all(not torch.equal(masks[t], masks[t + 1]) for t in range(5))
+
+
+def test_every_frame_comes_out_once_and_in_order(propagator, video):
+    assert [idx for idx, _ in propagator.propagate(video[:5], {3: LEFT})] == [0, 1, 2, 3, 4]
+
+
+def test_prompt_frame_gives_its_mask_back(propagator, video):
+    *_, (_, logits) = propagator.propagate(video[:3], {2: LEFT})
+    assert torch.equal(propagator.masks_at(logits, (60, 80)), LEFT)
+
+
+def test_prompt_frames_in_the_future_condition_the_past(propagator, video):
+    """A loop that only looks back passes every other test."""
+    alone = propagate(propagator, video[:6], {0: LEFT})
+    both = propagate(propagator, video[:6], {0: LEFT, 5: RIGHT})
+    assert not torch.equal(alone[1], both[1])
+
+
+def test_frames_before_the_first_prompt_are_tracked(propagator, video):
+    logits = propagate(propagator, video[:4], {3: LEFT})
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_objects_of_one_batch_do_not_see_each_other(propagator, video):
+    together = propagate(propagator, video[:5], {0: torch.cat([LEFT, RIGHT]), 3: torch.cat([RIGHT, LEFT])})
+    left = propagate(propagator, video[:5], {0: LEFT, 3: RIGHT})
+    right = propagate(propagator, video[:5], {0: RIGHT, 3: LEFT})
+    torch.testing.assert_close(together, torch.cat([left, right], dim=1), rtol=0, atol=2e-3)
+    assert (left - right).abs().max() > 0.1
+
+
+def test_empty_prompt_mask_gives_the_no_object_pointer(propagator, video):
+    tracker = ObjectTracker(propagator, propagator.mask_decoder)
+    with torch.no_grad():
+        features = propagator.features_for(propagator.mask_decoder, propagator.encode_images(video[0][None]))
+        tracker.add_mask_prompt(0, features, torch.cat([NOTHING, LEFT]))
+    nothing, left = tracker.memory.pointers_for(0)[0]
+    assert torch.equal(nothing, propagator.no_object_pointer[0])
+    assert not torch.equal(left, nothing)
+
+
+def test_absent_objects_have_no_mask_unless_ungated(propagator, video, monkeypatch):
+    """SAM 2 empties the mask of an object it scores as absent; the original Sa2VA's memory decoding does not."""
+    monkeypatch.setattr(propagator.mask_decoder.pred_obj_score_head, "forward", lambda x: torch.full_like(x[..., :1], -1))
+
+    def encode(frame):
+        return propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None]))
+
+    def second_frame(gate_masks):
+        tracker = ObjectTracker(propagator, propagator.mask_decoder, gate_masks)
+        with torch.no_grad():
+            tracker.add_mask_prompt(0, encode(video[0]), LEFT)
+        return list(track_frames(tracker, video[:2], encode))[1][1]
+
+    assert (second_frame(gate_masks=True) == -1024).all()
+    assert (second_frame(gate_masks=False) != -1024).all()
+
+
+@pytest.mark.parametrize(("reach", "same"), [((7, 16), True), ((6, 16), False), ((7, 15), False)])
+def test_forgetting_is_lossless_up_to_the_horizon(propagator, video, monkeypatch, reach, same):
+    """What is dropped is never read: keeping everything changes nothing, keeping one frame less changes the masks."""
+    expected = propagate(propagator, video, {0: LEFT})
+    monkeypatch.setattr(propagator.config, "num_maskmem", 7)
+    tracker = ObjectTracker(propagator, propagator.mask_decoder)
+    tracker.memory = ShortBank(*reach)
+
+    def encode(frame):
+        return propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None]))
+
+    with torch.no_grad():
+        tracker.add_mask_prompt(0, encode(video[0]), LEFT)
+    logits = torch.stack([logits[:, 0] for _, logits in track_frames(tracker, video, encode)])
+    assert torch.equal(logits, expected) is same
+
+
+class ShortBank(MemoryBank):
+    """Never forgets, and reads as far back as `reach` says."""
+
+    def __init__(self, num_maskmem: int, max_object_pointers: int):
+        super().__init__(7, 16)
+        self._reach = (num_maskmem - 1, max_object_pointers - 1)
+
+    def add_tracked_frame(self, frame_idx, memory):
+        self._tracked_features[frame_idx] = memory.features
+        self._tracked_pointers[frame_idx] = memory.pointers
+
+    def memories_for(self, frame_idx):
+        memories = super().memories_for(frame_idx)
+        return [(index, features) for index, features in memories if index == 6 or index < self._reach[0]]
+
+    def pointers_for(self, frame_idx):
+        return super().pointers_for(frame_idx)[: 1 + self._reach[1]]
+
+
+def memory_of(frame_idx: int) -> FrameMemory:
+    return FrameMemory(torch.tensor(frame_idx), torch.tensor(-frame_idx))
+
+
+class TestMemoryBank:
+    def test_reaches_six_memories_and_fifteen_pointers(self):
+        bank = MemoryBank(7, 16)
+        bank.add_prompt_frame(0, memory_of(0))
+        for frame_idx in range(1, 31):
+            bank.add_tracked_frame(frame_idx, memory_of(frame_idx))
+        memories = [(index, int(features)) for index, features in bank.memories_for(31)]
+        assert memories == [(6, 0), (5, 25), (4, 26), (3, 27), (2, 28), (1, 29), (0, 30)]
+        assert [-int(pointer) for pointer in bank.pointers_for(31)] == [0, *range(30, 15, -1)]
+
+    def test_size_does_not_grow(self):
+        bank = MemoryBank(7, 16)
+        for frame_idx in range(3):
+            bank.add_prompt_frame(frame_idx, memory_of(frame_idx))
+        sizes = []
+        for frame_idx in range(3, 200):
+            bank.add_tracked_frame(frame_idx, memory_of(frame_idx))
+            sizes.append(len(bank))
+        assert max(sizes) == sizes[-1] == 3 + 15
+
+    def test_prompt_frames_take_up_distance(self):
+        """Tracked 1..3, prompts 4..8: at frame 9, frame 3 is six frames back and in reach, frame 2 is not."""
+        bank = MemoryBank(7, 16)
+        for frame_idx in range(1, 4):
+            bank.add_tracked_frame(frame_idx, memory_of(frame_idx))
+        for frame_idx in range(4, 9):
+            bank.add_prompt_frame(frame_idx, memory_of(frame_idx))
+        assert [int(features) for index, features in bank.memories_for(9) if index == 5][-1] == 3
+        assert len(bank.memories_for(9)) == 5 + 1
+
+    def test_pointers_of_prompt_frames_to_come_are_not_read(self):
+        bank = MemoryBank(7, 16)
+        bank.add_prompt_frame(2, memory_of(2))
+        bank.add_prompt_frame(8, memory_of(8))
+        assert [-int(pointer) for pointer in bank.pointers_for(5)] == [2]
+        assert [int(features) for _, features in bank.memories_for(5)] == [2, 8]
+
+
+def test_known_features_are_not_encoded_again(propagator, video):
+    encoded = []
+
+    def encode(frame):
+        encoded.append(frame)
+        return propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None]))
+
+    tracker = ObjectTracker(propagator, propagator.mask_decoder)
+    with torch.no_grad():
+        tracker.add_mask_prompt(0, encode(video[0]), LEFT)
+        known = {2: encode(video[2])}
+    encoded.clear()
+    logits = [logits for _, logits in track_frames(tracker, video[:4], encode, known)]
+    assert [frame is video[idx] for frame, idx in zip(encoded, (1, 3), strict=True)] == [True, True]
+    assert list(known) == [2]  # the caller's dict is the caller's
+    torch.testing.assert_close(torch.stack(logits)[:, :, 0], propagate(propagator, video[:4], {0: LEFT}))
+
+
+def test_propagate_without_a_prompt(propagator, video):
+    with pytest.raises(ValueError, match="prompt_masks"):
+        next(propagator.propagate(video, {}))
+
+
+def test_resize_works_in_float32():
+    assert resize(torch.ones(1, 1, 4, 4, dtype=torch.bfloat16), (3, 5)).dtype == torch.float32
