@@ -24,7 +24,7 @@ class Sa2VAiConfig(PretrainedConfig):
         max_prompt_frames (`int`, *optional*): how many initial masks prompt the propagator; all of them by default.
 
     Raises:
-        ValueError: a decoding setting is out of its range.
+        ValueError: a decoding setting is out of its range, or the config is that of an unconverted checkpoint.
     """
 
     model_type = "sa2va_i"
@@ -95,6 +95,11 @@ def _sub_config(config: dict | PretrainedConfig | None, model_type: str) -> Pret
     if isinstance(config, PretrainedConfig):
         return config
     fields = dict(config or {})
+    if fields.get("model_type") == "intern_vit_6b":
+        raise ValueError(
+            "This is the config of a published Sa2VA checkpoint, which this package does not load as it is. Convert it: "
+            "`sa2va-i convert SOURCE OUT`."
+        )
     return AutoConfig.for_model(fields.pop("model_type", model_type), **fields)
 
 

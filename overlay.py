@@ -61,10 +61,11 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, fps: float):
-        self._container = av.open(str(path), mode="w")
+        # the index in front, so that browsers play it before all of it has come
+        self._container = av.open(str(path), mode="w", options={"movflags": "+faststart"})
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": "18", "movflags": "+faststart"}
+        self._stream.options = {"crf": "18"}
         self._size: tuple[int, int] | None = None
 
     def write(self, image: Image.Image) -> None:

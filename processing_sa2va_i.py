@@ -300,7 +300,7 @@ class VideoFile(Video):
         try:
             container = av.open(str(self.path))
         except av.FFmpegError as error:
-            raise ValueError(f"{self.path} cannot be read as a video: {error}") from error
+            raise ValueError(f"{self.path} cannot be read as a video: {error.strerror}") from error
         if not container.streams.video:
             container.close()
             raise ValueError(f"{self.path} has no video stream.")

@@ -95,16 +95,24 @@ def small_config(tokenizer) -> Sa2VAiConfig:
     )
 
 
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Weights with which objects come and go and masks move: with transformers' own init, all are one constant."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in module.named_parameters():
+        if tensor.ndim == 1:
+            is_scale = "norm" in name and name.endswith("weight")
+            noise = torch.randn(tensor.shape, generator=generator) * 0.1 + (1.0 if is_scale else 0.0)
+        else:
+            noise = torch.randn(tensor.shape, generator=generator) * 1.5 * tensor[0].numel() ** -0.5
+        tensor.data.copy_(noise)
+
+
 @pytest.fixture(scope="session")
 def small_model(small_config, tokenizer) -> Sa2VAiModel:
-    """Random weights that make objects come and go: with transformers' own, every mask is one and the same constant."""
-    torch.manual_seed(0)
     model = Sa2VAiModel(small_config).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.propagator.named_parameters(), *model.grounding_encoder.named_parameters()]:
-            fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
-            is_scale = "norm" in name and name.endswith("weight")
-            tensor.normal_(1.0 if is_scale else 0.0, 0.1 if tensor.ndim == 1 else fan_in**-0.5)
+    for seed, part in enumerate(("propagator", "grounding_encoder", "vision_model", "mlp1", "language_model")):
+        randomize(getattr(model, part), seed)
+    randomize(model.text_hidden_fcs, seed=5)
     model.preparing_for_generation(tokenizer, max_new_tokens=12)
     return model
 

@@ -97,10 +97,9 @@ def test_absent_objects_have_no_mask_unless_ungated(propagator, video, monkeypat
 
 
 @pytest.mark.parametrize(("reach", "same"), [((7, 16), True), ((6, 16), False), ((7, 15), False)])
-def test_forgetting_is_lossless_up_to_the_horizon(propagator, video, monkeypatch, reach, same):
+def test_forgetting_is_lossless_up_to_the_horizon(propagator, video, reach, same):
     """What is dropped is never read: keeping everything changes nothing, keeping one frame less changes the masks."""
     expected = propagate(propagator, video, {0: LEFT})
-    monkeypatch.setattr(propagator.config, "num_maskmem", 7)
     tracker = ObjectTracker(propagator, propagator.mask_decoder)
     tracker.memory = ShortBank(*reach)
 

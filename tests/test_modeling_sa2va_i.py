@@ -1,0 +1,505 @@
+import copy
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    InternVLModel,
+)
+
+from sa2va_i import Sa2VAiModel, VideoSegmentation, modeling_sa2va_i
+from sa2va_i.modeling_sa2va_i import last_states, merge_patches, select_seg_states
+
+ONE, TWO, NONE = "It is [SEG].<|im_end|>", "It is [SEG] and [SEG].<|im_end|>", "It is not there.<|im_end|>"
+TEXT = "<image>Please segment the disk."
+
+
+@pytest.fixture
+def encoded_frames(small_model, monkeypatch) -> list[torch.Tensor]:
+    """Every frame that SAM 2's image encoder sees."""
+    seen = []
+    forward = small_model.propagator.vision_encoder.forward
+
+    def count(pixel_values, **kwargs):
+        seen.extend(pixel_values)
+        return forward(pixel_values, **kwargs)
+
+    monkeypatch.setattr(small_model.propagator.vision_encoder, "forward", count)
+    return seen
+
+
+class TestPredictVideo:
+    def test_result(self, small_model, frames, answering):
+        with answering(small_model, TWO):
+            result = small_model.predict_forward(video=frames, text=TEXT)
+        assert result["prediction"] == TWO
+        assert result["sample_idx"] == [0, 2, 5, 8, 11]
+        assert [(masks.shape, masks.dtype) for masks in result["prediction_masks"]] == [((12, 60, 80), bool)] * 2
+        one, two = result["prediction_masks"]
+        assert one.any()
+        assert not one.all()
+        assert not np.array_equal(one, two)
+
+    def test_any_source_gives_the_same(self, small_model, frames, answering, tmp_path):
+        for idx, frame in enumerate(frames[:4]):
+            frame.save(tmp_path / f"{idx}.png")
+        results = []
+        for video in (frames[:4], np.stack(frames[:4]), tmp_path, sorted(tmp_path.iterdir())):
+            with answering(small_model, ONE):
+                results.append(small_model.predict_forward(video=video, text=TEXT)["prediction_masks"][0])
+        assert all(np.array_equal(result, results[0]) for result in results)
+
+    def test_without_seg(self, small_model, frames, answering, encoded_frames):
+        with answering(small_model, NONE):
+            result = small_model.predict_forward(video=frames, text=TEXT)
+        assert (result["prediction"], result["prediction_masks"]) == (NONE, [])
+        assert encoded_frames == []
+
+    @pytest.mark.parametrize("answer", [ONE, TWO])
+    @pytest.mark.parametrize("decoding", ["consistent", "memory"])
+    @pytest.mark.parametrize("max_prompt_frames", [None, 1])
+    def test_every_frame_is_encoded_once(
+        self, small_model, frames, answering, encoded_frames, answer, decoding, max_prompt_frames
+    ):
+        """The original encodes K x (n + T + U) frames: 44 of this video for two objects."""
+        with answering(small_model, answer):
+            small_model.predict_forward(
+                video=frames, text=TEXT, decoding=decoding, max_prompt_frames=max_prompt_frames
+            )
+        assert len(encoded_frames) == 12
+        assert len({frame.sum().item() for frame in encoded_frames}) == 12
+
+    def test_objects_propagate_as_one_batch(self, small_model, frames, answering, monkeypatch):
+        sizes = []
+        track = modeling_sa2va_i.ObjectTracker.track
+
+        def record(self, *args):
+            logits = track(self, *args)
+            sizes.append(len(logits))
+            return logits
+
+        monkeypatch.setattr(modeling_sa2va_i.ObjectTracker, "track", record)
+        with answering(small_model, TWO):
+            small_model.predict_forward(video=frames, text=TEXT)
+        assert sizes == [2] * 7
+
+    def test_drafts_are_the_initial_masks(self, small_model, frames, answering, encoded_frames):
+        with answering(small_model, ONE):
+            drafts = small_model.predict_forward(video=frames, text=TEXT, return_drafts_only=True)
+        assert drafts["prediction_masks"][0].shape == (5, 60, 80)
+        assert len(encoded_frames) == 5
+        with answering(small_model, ONE):
+            whole = small_model.predict_forward(video=frames, text=TEXT)
+        # a prompt frame gives its initial mask back, but for pixels on the border: the masks went to stride 4 and back
+        same = drafts["prediction_masks"][0] == whole["prediction_masks"][0][drafts["sample_idx"]]
+        assert same.mean() > 0.95
+
+    def test_own_sampled_frames(self, small_model, frames, answering):
+        with answering(small_model, ONE):
+            own = small_model.predict_forward(video=frames, text=TEXT, sample_idx=[8, 0, 2, 5, 11])
+        with answering(small_model, ONE):
+            uniform = small_model.predict_forward(video=frames, text=TEXT)
+        with answering(small_model, ONE):
+            other = small_model.predict_forward(video=frames, text=TEXT, sample_idx=[1, 3])
+        assert own["sample_idx"] == uniform["sample_idx"]
+        assert np.array_equal(own["prediction_masks"], uniform["prediction_masks"])
+        assert other["sample_idx"] == [1, 3]
+        assert not np.array_equal(other["prediction_masks"], uniform["prediction_masks"])
+
+    @pytest.mark.parametrize(
+        "option", [{"max_prompt_frames": 1}, {"decoding": "memory"}, {"sampling": "first"}, {"sample_num_frames": 2}]
+    )
+    def test_options_change_the_masks(self, small_model, frames, answering, option):
+        with answering(small_model, ONE):
+            plain = small_model.predict_forward(video=frames, text=TEXT)
+        with answering(small_model, ONE):
+            other = small_model.predict_forward(video=frames, text=TEXT, **option)
+        assert not np.array_equal(plain["prediction_masks"], other["prediction_masks"])
+
+    def test_more_prompt_frames_than_there_are(self, small_model, frames, answering):
+        with answering(small_model, ONE):
+            plain = small_model.predict_forward(video=frames, text=TEXT)
+        with answering(small_model, ONE):
+            other = small_model.predict_forward(video=frames, text=TEXT, max_prompt_frames=99)
+        assert np.array_equal(plain["prediction_masks"], other["prediction_masks"])
+
+    def test_options_default_to_the_config(self, small_model, frames, answering, monkeypatch):
+        monkeypatch.setattr(small_model.config, "sample_num_frames", 3)
+        monkeypatch.setattr(small_model.config, "sampling", "first")
+        with answering(small_model, NONE):
+            assert small_model.predict_forward(video=frames, text=TEXT)["sample_idx"] == [0, 1, 2]
+
+    def test_arguments_are_not_modified(self, small_model, frames, answering):
+        array, sample_idx = np.stack(frames), [4, 1]
+        before = array.copy()
+        with answering(small_model, ONE):
+            small_model.predict_forward(video=array, text=TEXT, sample_idx=sample_idx)
+        assert np.array_equal(array, before)
+        assert sample_idx == [4, 1]
+
+
+class TestPredictImage:
+    def test_result(self, small_model, frames, answering):
+        with answering(small_model, TWO):
+            result = small_model.predict_forward(image=frames[0], text=TEXT)
+        assert [(masks.shape, masks.dtype) for masks in result["prediction_masks"]] == [((1, 60, 80), bool)] * 2
+        assert "sample_idx" not in result
+
+    def test_sources(self, small_model, frames, answering, tmp_path):
+        frames[0].save(tmp_path / "frame.png")
+        results = []
+        for image in (frames[0], np.asarray(frames[0]), tmp_path / "frame.png"):
+            with answering(small_model, ONE):
+                results.append(small_model.predict_forward(image=image, text=TEXT)["prediction_masks"][0])
+        assert all(np.array_equal(result, results[0]) for result in results)
+
+    def test_regions_change_the_prompt(self, small_model, frames, answering, monkeypatch):
+        masks = np.zeros((2, 60, 80), bool)
+        masks[0, 20:40, 10:30] = masks[1, :, 40:] = True
+        before = masks.copy()
+        with answering(small_model, TWO):
+            result = small_model.predict_forward(image=frames[0], text="Segment region1, region2.", mask_prompts=masks)
+        assert len(result["prediction_masks"]) == 2
+        assert np.array_equal(masks, before)
+
+    def test_region_tokens_are_the_covered_cells_of_the_whole_image(self, small_model, small_processor, frames):
+        masks = torch.zeros(1, 60, 80, dtype=torch.bool)
+        masks[0, 30:, 40:] = True  # the last of 2 x 2 cells
+        inputs = small_processor("<image>Hello.", image=frames[0], mask_prompts=masks)
+        with torch.no_grad():
+            embeddings = small_model.embed_prompt(inputs.input_ids, inputs.pixel_values, inputs.region_masks)
+            features = small_model.get_image_features(inputs.pixel_values)
+        visual = embeddings[inputs.input_ids == small_processor.img_context_token_id]
+        assert torch.equal(visual, torch.cat([features.flatten(0, 1), features[-1][3:]]))
+
+
+class TestConversation:
+    def test_text_only(self, small_model, answering, encoded_frames):
+        with answering(small_model, "Hello.<|im_end|>"):
+            result = small_model.predict_forward(text="<image>Hi!")
+        assert (result["prediction"], result["prediction_masks"]) == ("Hello.<|im_end|>", [])
+        assert "<image>" not in result["past_text"]
+        assert encoded_frames == []
+
+    def test_the_second_turn_knows_the_first(self, small_model, frames, answering, monkeypatch):
+        prompts = []
+        generate = small_model.generate
+        monkeypatch.setattr(small_model, "generate", lambda **kw: (prompts.append(kw["input_ids"]), generate(**kw))[1])
+        with answering(small_model, ONE):
+            first = small_model.predict_forward(video=frames, text=TEXT)
+        with answering(small_model, ONE):
+            second = small_model.predict_forward(video=frames, text="And now?", past_text=first["past_text"])
+        first_ids, second_ids = (ids[0].tolist() for ids in prompts)
+        assert second_ids[: len(first_ids)] == first_ids
+        text = small_model.processor.tokenizer.decode(second_ids[len(first_ids) :])
+        assert text == f"{ONE}\n<|im_start|>user\nAnd now?<|im_end|>\n<|im_start|>assistant\n"
+        assert len(second["prediction_masks"]) == 1
+        assert second["past_text"].startswith(first["past_text"])
+
+    def test_a_past_image_must_be_given_again(self, small_model, frames, answering):
+        with answering(small_model, ONE):
+            first = small_model.predict_forward(image=frames[0], text=TEXT)
+        with pytest.raises(ValueError, match="no image and no video"):
+            small_model.predict_forward(text="And now?", past_text=first["past_text"])
+
+
+class TestSegment:
+    def test_streamed_equals_whole(self, small_model, frames, video_file, answering):
+        for video in (frames, video_file):
+            with answering(small_model, TWO):
+                whole = small_model.predict_forward(video=video, text=TEXT)
+            with answering(small_model, TWO):
+                segmentation = small_model.segment(video, TEXT)
+            assert isinstance(segmentation, VideoSegmentation)
+            streamed = list(segmentation)
+            assert [idx for idx, _ in streamed] == list(range(12))
+            assert np.array_equal(np.stack([masks for _, masks in streamed], axis=1), whole["prediction_masks"])
+            assert segmentation.prediction == whole["prediction"]
+            assert segmentation.past_text == whole["past_text"]
+            assert (segmentation.num_objects, segmentation.num_frames) == (2, 12)
+        with answering(small_model, TWO):
+            other = small_model.segment(frames, TEXT, max_prompt_frames=1)
+        assert not np.array_equal(np.stack([masks for _, masks in other], axis=1), whole["prediction_masks"])
+
+    def test_the_answer_comes_before_any_tracking(self, small_model, frames, answering, encoded_frames):
+        with answering(small_model, ONE):
+            segmentation = small_model.segment(frames, TEXT)
+        assert segmentation.prediction == ONE
+        assert encoded_frames == []
+        next(segmentation)
+        assert len(encoded_frames) == 5
+
+    def test_a_phrase_becomes_a_request(self, small_model, frames, answering):
+        with answering(small_model, ONE):
+            assert "user\n<image>Please segment the disk.<" in small_model.segment(frames, "the disk").past_text
+
+    def test_without_seg(self, small_model, frames, answering):
+        with answering(small_model, NONE):
+            assert list(small_model.segment(frames, TEXT)) == []
+
+    def test_holds_no_frame(self, small_model, frames, answering, monkeypatch):
+        """Frames are asked for one by one, and the bank stays as it is once it is full."""
+        asked, sizes = [], []
+
+        class Endless(modeling_sa2va_i.Video):
+            num_frames, original_size = 60, (60, 80)
+
+            def __iter__(self):
+                for idx in range(60):
+                    asked.append(idx)
+                    yield frames[idx % 12]
+
+            def frames_at(self, indices):
+                return [frames[idx % 12] for idx in indices]
+
+        tracker_init = modeling_sa2va_i.ObjectTracker.__init__
+        trackers = []
+        monkeypatch.setattr(
+            modeling_sa2va_i.ObjectTracker,
+            "__init__",
+            lambda self, *args, **kwargs: (trackers.append(self), tracker_init(self, *args, **kwargs))[1],
+        )
+        with answering(small_model, ONE):
+            segmentation = small_model.segment(Endless(), TEXT)
+        for frame_idx, _ in segmentation:
+            assert asked[-1] == frame_idx
+            sizes.append(len(trackers[0].memory))
+        assert max(sizes[20:]) <= 5 + 15  # prompt frames among the last 15 leave fewer of them
+        assert sizes[30:45] == sizes[45:]
+
+
+class TestBadInput:
+    """One error that names what came in, before any model work."""
+
+    @pytest.fixture(autouse=True)
+    def _no_model_work(self, small_model, monkeypatch):
+        def fail(*args, **kwargs):
+            pytest.fail("the model was run")
+
+        monkeypatch.setattr(small_model.vision_model, "forward", fail)
+        monkeypatch.setattr(small_model, "generate", fail)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({}, "text"),
+            ({"video": [], "text": "a"}, "no frames"),
+            ({"video": "nowhere.mp4", "text": "a"}, r"nowhere\.mp4"),
+            ({"image": "nowhere.png", "text": "a"}, r"nowhere\.png"),
+            ({"video": [Image.new("RGB", (4, 4)), Image.new("RGB", (4, 6))], "text": "a"}, "one size"),
+            ({"video": [Image.new("RGB", (4, 4))], "image": Image.new("RGB", (4, 4)), "text": "a"}, "not both"),
+            ({"video": [Image.new("RGB", (4, 4))], "text": "a", "sample_idx": [1]}, r"sample_idx.*\[1\]"),
+            ({"video": [Image.new("RGB", (4, 4))], "text": "a", "sample_num_frames": 0}, "sample_num_frames.*0"),
+            ({"video": [Image.new("RGB", (4, 4))], "text": "a", "max_prompt_frames": 0}, "max_prompt_frames.*0"),
+            ({"video": [Image.new("RGB", (4, 4))], "text": "a", "decoding": "x"}, "decoding.*'x'"),
+            ({"video": [Image.new("RGB", (4, 4))], "text": "a", "sampling": "x"}, "sampling.*'x'"),
+            ({"video": [Image.new("RGB", (4, 4))], "text": "a", "mask_prompts": np.ones((1, 4, 4))}, "mask_prompts"),
+            ({"image": Image.new("RGB", (4, 4)), "text": "a", "mask_prompts": np.ones((1, 3, 4))}, r"\(n, 4, 4\)"),
+        ],
+    )
+    def test_predict_forward(self, small_model, arguments, message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            small_model.predict_forward(**arguments)
+
+    def test_segment_raises_at_the_call(self, small_model):
+        with pytest.raises(ValueError, match="no frames"):
+            small_model.segment([], "the dog")
+
+    def test_tokenizer_of_another_model(self, small_model, tokenizer, frames):
+        other = copy.deepcopy(small_model.processor)
+        other.seg_token_id += 1
+        with pytest.raises(ValueError, match=r"another model's tokenizer"):
+            small_model.predict_forward(image=frames[0], text="a", processor=other)
+
+
+class TestLoading:
+    """Through the Auto classes, with the code that lies beside the weights."""
+
+    def test_auto_classes(self, converted, frames, answering):
+        model = AutoModel.from_pretrained(converted, trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules.")
+        assert AutoConfig.from_pretrained(converted, trust_remote_code=True).template == "qwen_chat"
+        tokenizer = AutoTokenizer.from_pretrained(converted, trust_remote_code=True, use_fast=False)
+        processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
+        assert processor.seg_token_id == model.config.seg_token_id
+        for given in ({}, {"tokenizer": tokenizer}, {"processor": processor}, {"tokenizer": processor}):
+            with answering(model, ONE):
+                result = model.predict_forward(image=frames[0], text=TEXT, **given)
+            assert result["prediction"] == ONE
+        assert model.generation_config.max_new_tokens == 2048
+
+    def test_processor_files_say_the_same_as_the_config(self, converted):
+        model = Sa2VAiModel.from_pretrained(converted)
+        processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
+        ours = model.processor
+        names = [name for name in vars(ours) if name not in ("tokenizer", "chat_template")]
+        assert {name: getattr(processor, name) for name in names} == {name: getattr(ours, name) for name in names}
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "auto"])
+    def test_callers_arguments(self, small_checkpoint, dtype, frames, answering):
+        model = Sa2VAiModel.from_pretrained(
+            small_checkpoint, torch_dtype=dtype, low_cpu_mem_usage=True, device_map="cpu", local_files_only=True
+        )
+        assert model.dtype == getattr(torch, dtype if dtype != "auto" else "float32")
+        with answering(model, TWO):
+            result = model.predict_forward(video=frames[:3], text=TEXT)
+        assert [masks.shape for masks in result["prediction_masks"]] == [(3, 60, 80)] * 2
+
+    @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
+    def test_device_map(self, small_checkpoint, device_map, frames, answering):
+        model = Sa2VAiModel.from_pretrained(small_checkpoint, device_map=device_map)
+        with answering(model, ONE):
+            assert len(model.predict_forward(video=frames[:2], text=TEXT)["prediction_masks"]) == 1
+
+    def test_for_causal_lm(self, converted):
+        model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
+        assert model.config.llm_config.model_type == "qwen2"
+
+    @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+    def test_attention_reaches_every_part(self, small_checkpoint, implementation):
+        model = Sa2VAiModel.from_pretrained(small_checkpoint, attn_implementation=implementation)
+        used = {
+            name: module.config._attn_implementation
+            for name, module in model.named_modules()
+            if hasattr(getattr(module, "config", None), "_attn_implementation")
+        }
+        assert {name.partition(".")[0] for name in used} >= {
+            "vision_model",
+            "language_model",
+            "propagator",
+            "grounding_encoder",
+        }
+        assert set(used.values()) == {implementation}
+
+    def test_use_flash_attn_without_flash_attn(self, small_checkpoint, caplog, monkeypatch):
+        monkeypatch.setattr(modeling_sa2va_i, "is_flash_attn_2_available", lambda: False)
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        with caplog.at_level(logging.WARNING):
+            model = Sa2VAiModel.from_pretrained(small_checkpoint, use_flash_attn=True)
+        assert model.config._attn_implementation == "sdpa"
+        messages = [record.getMessage() for record in caplog.records]
+        assert len([message for message in messages if "flash-attn is not installed" in message]) == 1
+
+    def test_round_trip(self, small_checkpoint, small_model, tmp_path):
+        Sa2VAiModel.from_pretrained(small_checkpoint).save_pretrained(tmp_path)
+        again = Sa2VAiModel.from_pretrained(tmp_path).state_dict()
+        assert again.keys() == small_model.state_dict().keys()
+        assert all(torch.equal(again[key], tensor) for key, tensor in small_model.state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("prefix", "part"),
+        [
+            ("propagator.mask_decoder.", "original mask decoder"),
+            ("propagator.shared_image_embedding.", "original SAM 2"),
+            ("propagator.memory_encoder.", "original SAM 2"),
+            ("grounding_encoder.conv_s0.", "grounding_encoder"),
+            ("text_hidden_fcs.0.bias", "text_hidden_fcs"),
+            ("language_model.model.norm", "language_model"),
+        ],
+    )
+    def test_missing_weights_raise(self, small_checkpoint, tmp_path, prefix, part):
+        """transformers only warns, and fills them with noise."""
+        folder = shutil.copytree(small_checkpoint, tmp_path / "model")
+        weights = load_file(folder / "model.safetensors")
+        kept = {key: tensor for key, tensor in weights.items() if not key.startswith(prefix)}
+        assert len(kept) < len(weights)
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{part}.*sa2va-i convert"):
+            Sa2VAiModel.from_pretrained(folder)
+
+    def test_unconverted_checkpoint_raises(self, sources):
+        with pytest.raises(ValueError, match="sa2va-i convert"):
+            Sa2VAiModel.from_pretrained(sources / "sa2va_i")
+
+    def test_loading_info_is_still_given(self, small_checkpoint):
+        model, info = Sa2VAiModel.from_pretrained(small_checkpoint, output_loading_info=True)
+        assert isinstance(model, Sa2VAiModel)
+        assert not info["missing_keys"]
+
+
+class TestQuantization:
+    """What the configuration says; bitsandbytes itself needs no test here."""
+
+    @pytest.mark.parametrize("skipped", [None, ["vision_model"]])
+    def test_masks_are_never_quantized(self, skipped):
+        given = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        config = modeling_sa2va_i._without_mask_modules(given)
+        assert set(config.llm_int8_skip_modules) == {
+            *(skipped or ["lm_head"]),
+            "propagator",
+            "grounding_encoder",
+            "text_hidden_fcs",
+        }
+        assert given.llm_int8_skip_modules == skipped
+
+    def test_a_dict_will_do(self):
+        given = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        config = modeling_sa2va_i._without_mask_modules(given)
+        assert config.load_in_4bit
+        assert "propagator" in config.llm_int8_skip_modules
+        assert given == {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def test_merge_patches_is_pixel_shuffle():
+    patches = torch.randn(2, 8 * 8, 5)
+    expected = InternVLModel.pixel_shuffle(None, patches.view(2, 8, 8, 5), scale_factor=0.5).flatten(1, 2)
+    assert torch.equal(merge_patches(patches, grid_size=4), expected)
+
+
+def test_last_states_are_the_hidden_states(small_model, small_processor):
+    prompt = small_processor(small_processor.prompt_text("Hello."))
+    with last_states(small_model.get_decoder().norm) as states:
+        output = small_model.generate(
+            **prompt, max_new_tokens=6, output_hidden_states=True, return_dict_in_generate=True, eos_token_id=-1
+        )
+    expected = torch.cat([step[-1][0, -1:] for step in output.hidden_states])
+    assert len(states) == 6
+    assert torch.equal(torch.cat(states), expected)
+
+
+def test_seg_states_are_those_at_the_token():
+    """Step i takes generated token i - 1; the last token is never taken."""
+    states = torch.arange(5.0)[:, None]
+    token_ids = torch.tensor([9, 1, 9, 1, 9])
+    assert select_seg_states(states, token_ids, seg_token_id=9).flatten().tolist() == [1.0, 3.0]
+
+
+def test_forward_gives_the_loss_of_the_labels(small_model, small_processor, frames):
+    inputs = small_processor(small_processor.prompt_text(TEXT, has_media=True), frames=frames[:2])
+    output = small_model(**inputs, labels=inputs["input_ids"])
+    assert output.logits.shape == (1, inputs["input_ids"].shape[1], small_model.config.llm_config.vocab_size)
+    assert output.loss > 0
+
+
+def test_length_limit_cuts_the_answer(small_model, frames, answering):
+    with answering(small_model, ONE):
+        result = small_model.predict_forward(image=frames[0], text=TEXT, max_new_tokens=2)
+    assert len(small_model.processor.tokenizer(result["prediction"]).input_ids) == 2
+    assert result["prediction_masks"] == []
+
+
+def test_remote_code_needs_only_torch_transformers_numpy_pillow(converted):
+    """Every other import would be asked of each user at load time."""
+    from transformers.dynamic_module_utils import get_imports
+
+    needed = {name for file in converted.glob("*.py") for name in get_imports(file)}
+    allowed = {"torch", "transformers", "numpy", "PIL"}
+    standard = {"collections", "contextlib", "copy", "dataclasses", "pathlib", "re", "typing"}
+    assert needed <= allowed | standard
+
+
+def test_generation_config_beside_the_weights(converted):
+    content = json.loads((converted / "generation_config.json").read_text())
+    assert content["eos_token_id"] == [399, 400]
+    assert content["do_sample"] is False
