@@ -74,9 +74,7 @@ class TestPredictVideo:
     ):
         """The original encodes K x (n + T + U) frames: 44 of this video for two objects."""
         with answering(small_model, answer):
-            small_model.predict_forward(
-                video=frames, text=TEXT, decoding=decoding, max_prompt_frames=max_prompt_frames
-            )
+            small_model.predict_forward(video=frames, text=TEXT, decoding=decoding, max_prompt_frames=max_prompt_frames)
         assert len(encoded_frames) == 12
         assert len({frame.sum().item() for frame in encoded_frames}) == 12
 

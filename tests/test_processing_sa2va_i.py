@@ -50,7 +50,13 @@ class TestSampling:
 class TestTiles:
     @pytest.mark.parametrize(
         ("size", "grid"),
-        [((448, 448), (1, 1)), ((800, 800), (2, 2)), ((1200, 900), (4, 3)), ((1300, 650), (4, 2)), ((100, 1300), (1, 12))],
+        [
+            ((448, 448), (1, 1)),
+            ((800, 800), (2, 2)),
+            ((1200, 900), (4, 3)),
+            ((1300, 650), (4, 2)),
+            ((100, 1300), (1, 12)),
+        ],
     )
     def test_grid_is_the_nearest_aspect_ratio(self, size, grid):
         assert tile_grid(*size, min_tiles=1, max_tiles=12, tile_size=448) == grid
