@@ -97,8 +97,7 @@ def _sub_config(config: dict | PretrainedConfig | None, model_type: str) -> Pret
     fields = dict(config or {})
     if fields.get("model_type") == "intern_vit_6b":
         raise ValueError(
-            "This is the config of a published Sa2VA checkpoint, which this package does not load as it is. Convert it: "
-            "`sa2va-i convert SOURCE OUT`."
+            "This is the config of a published Sa2VA checkpoint, to be converted first: `sa2va-i convert SOURCE OUT`."
         )
     return AutoConfig.for_model(fields.pop("model_type", model_type), **fields)
 

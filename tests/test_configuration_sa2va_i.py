@@ -2,8 +2,9 @@ import copy
 
 import pytest
 
-SAM2 = {"image_size": 192, "vision_config": {"backbone_config": {"model_type": "sam2_hiera_det_model"}}}
 from sa2va_i import Sa2VAiConfig
+
+SAM2 = {"image_size": 192, "vision_config": {"backbone_config": {"model_type": "sam2_hiera_det_model"}}}
 
 
 def test_round_trip(small_config, tmp_path):

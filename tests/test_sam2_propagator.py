@@ -81,9 +81,8 @@ def test_empty_prompt_mask_gives_the_no_object_pointer(propagator, video):
 
 def test_absent_objects_have_no_mask_unless_ungated(propagator, video, monkeypatch):
     """SAM 2 empties the mask of an object it scores as absent; the original Sa2VA's memory decoding does not."""
-    monkeypatch.setattr(
-        propagator.mask_decoder.pred_obj_score_head, "forward", lambda x: torch.full_like(x[..., :1], -1)
-    )
+    score_head = propagator.mask_decoder.pred_obj_score_head
+    monkeypatch.setattr(score_head, "forward", lambda tokens: torch.full_like(tokens[..., :1], -1))
 
     def encode(frame):
         return propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None]))
