@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from sa2va_i import Sa2VAiModel, cli
+from sa2va_i import cli
 
 TWO, NONE = "It is [SEG] and [SEG].<|im_end|>", "It is not there.<|im_end|>"
 
@@ -26,13 +26,12 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture
-def segment(run, small_checkpoint, answering, monkeypatch):
+def segment(run, small_model, small_checkpoint, answering, monkeypatch):
     """`sa2va-i segment` with the small model, which answers as told."""
-    model = Sa2VAiModel.from_pretrained(small_checkpoint)
-    monkeypatch.setattr(cli, "load_model", lambda *args: model)
+    monkeypatch.setattr(cli, "load_model", lambda *args: small_model)
 
     def segment(answer, *arguments):
-        with answering(model, answer):
+        with answering(small_model, answer):
             return run("segment", *arguments, "--model", small_checkpoint)
 
     return segment
