@@ -1,5 +1,7 @@
 """Configuration of Sa2VA-i (arXiv:2509.19082)."""
 
+import copy
+
 from transformers import AutoConfig, InternVLVisionConfig, PretrainedConfig, Sam2VideoConfig
 
 DECODINGS = ("consistent", "memory")
@@ -94,7 +96,7 @@ class Sa2VAiConfig(PretrainedConfig):
 def _sub_config(config: dict | PretrainedConfig | None, model_type: str) -> PretrainedConfig:
     if isinstance(config, PretrainedConfig):
         return config
-    fields = dict(config or {})
+    fields = copy.deepcopy(config or {})  # some transformers write into the dicts they are given
     if fields.get("model_type") == "intern_vit_6b":
         raise ValueError(
             "This is the config of a published Sa2VA checkpoint, to be converted first: `sa2va-i convert SOURCE OUT`."

@@ -36,7 +36,7 @@ def draw_overlay(frame: Image.Image, masks: Sequence[np.ndarray]) -> Image.Image
         masks: (K, height, width) bool, of the frame's size.
     """
     pixels = np.array(frame, dtype=np.float32)
-    width = max(1, round(min(frame.size) / 250))
+    width = max(2, round(min(frame.size) / 250))
     for object_idx, mask in enumerate(masks):
         color = np.array(object_color(object_idx), dtype=np.float32)
         pixels[mask] += FILL_OPACITY * (color - pixels[mask])

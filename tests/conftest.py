@@ -24,38 +24,7 @@ from sa2va_i.overlay import VideoWriter
 
 REFERENCE = Path(__file__).parent / "reference"
 
-SMALL_SAM2 = {
-    "image_size": 192,
-    "vision_config": {
-        "backbone_config": {
-            "model_type": "sam2_hiera_det_model",
-            "hidden_size": 16,
-            "num_attention_heads": 1,
-            "embed_dim_per_stage": [16, 32, 64, 128],
-            "num_attention_heads_per_stage": [1, 2, 4, 8],
-            "blocks_per_stage": [1, 1, 2, 1],
-            "global_attention_blocks": [3],
-            "image_size": [192, 192],
-            "window_size_per_stage": [8, 4, 6, 6],
-            "window_positional_embedding_background_size": [7, 7],
-        },
-        "backbone_channel_list": [128, 64, 32, 16],
-        "fpn_hidden_size": 64,
-        "backbone_feature_sizes": [[48, 48], [24, 24], [12, 12]],
-    },
-    "prompt_encoder_config": {"hidden_size": 64, "image_size": 192, "patch_size": 16},
-    "mask_decoder_config": {"hidden_size": 64, "mlp_dim": 128, "iou_head_hidden_dim": 64, "num_attention_heads": 4},
-    "memory_attention_hidden_size": 64,
-    "memory_attention_num_layers": 2,
-    "memory_attention_feed_forward_hidden_size": 128,
-    "memory_attention_rope_feat_sizes": [12, 12],
-    "memory_encoder_hidden_size": 64,
-    "mask_downsampler_embed_dim": 64,
-    "memory_fuser_embed_dim": 64,
-    "memory_fuser_intermediate_dim": 128,
-    "enable_temporal_pos_encoding_for_object_pointers": False,
-    "enable_occlusion_spatial_embedding": False,
-}
+SMALL_SAM2 = json.loads((Path(__file__).parent / "small_sam2.json").read_text())
 
 
 @pytest.fixture(autouse=True, scope="session")
