@@ -32,59 +32,17 @@ def write_video(path: Path, num_frames: int) -> None:
             writer.write(Image.fromarray(np.roll(noise, 3 * frame_idx, axis=1)))
 
 
-def small_model():
-    """Random, but for a language model that says "[SEG]" after every prompt, and stops."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from sa2va_i import Sa2VAiConfig, Sa2VAiModel
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/reference/checkpoint_files", config=Sa2VAiConfig())
-    seg, end = tokenizer.convert_tokens_to_ids(["[SEG]", "<|im_end|>"])
-    torch.manual_seed(0)
-    model = Sa2VAiModel(
-        Sa2VAiConfig(
-            vision_config={
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 4,
-            },
-            llm_config={
-                "model_type": "qwen2",
-                "vocab_size": len(tokenizer),
-                "hidden_size": 64,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
-            },
-            sam2_config=json.loads((ROOT / "tests/small_sam2.json").read_text()),
-            seg_token_id=seg,
-            img_context_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        )
-    ).eval()
-    language_model = model.language_model
-    with torch.no_grad():
-        # without the layers' contributions the state is the last token's embedding: each token has one successor
-        for layer in language_model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        embedding = language_model.get_input_embeddings().weight
-        (newline,) = tokenizer("\n").input_ids
-        language_model.lm_head.weight.zero_()
-        language_model.lm_head.weight[seg] = embedding[newline]  # the prompt's last token
-        language_model.lm_head.weight[end] = embedding[seg]
-    model.preparing_for_generation(tokenizer, max_new_tokens=8)
-    return model
-
-
 def measure(path: Path) -> dict:
     """Run `segment` on the video and report this process's peak resident memory."""
     import torch
 
+    sys.path.insert(0, str(ROOT / "tests"))
+    import small_model
+
     torch.set_num_threads(2)
-    segmentation = small_model().segment(path, "the noise")
+    model = small_model.build()
+    small_model.always_answer_seg(model)
+    segmentation = model.segment(path, "the noise")
     num_frames = sum(1 for _ in segmentation)
     assert segmentation.num_objects == 1, segmentation.prediction
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import AutoTokenizer
 
+import small_model as small_model_builder
 from sa2va_i import Sa2VAiConfig, Sa2VAiModel, Sa2VAiProcessor
 from sa2va_i.convert_checkpoint import convert_checkpoint
 from sa2va_i.overlay import VideoWriter
 
 REFERENCE = Path(__file__).parent / "reference"
-
-SMALL_SAM2 = json.loads((Path(__file__).parent / "small_sam2.json").read_text())
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,57 +32,18 @@ def _two_threads() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(REFERENCE / "checkpoint_files", config=Sa2VAiConfig())
+    return small_model_builder.load_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def small_config(tokenizer) -> Sa2VAiConfig:
-    return Sa2VAiConfig(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 56,
-            "patch_size": 14,
-            "attention_bias": True,
-        },
-        llm_config={
-            "model_type": "qwen2",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        sam2_config=SMALL_SAM2,
-        seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
-        img_context_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-    )
-
-
-def randomize(module: torch.nn.Module, seed: int) -> None:
-    """Weights with which objects come and go and masks move: with transformers' own init, all are one constant."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in module.named_parameters():
-        if tensor.ndim == 1:
-            is_scale = "norm" in name and name.endswith("weight")
-            noise = torch.randn(tensor.shape, generator=generator) * 0.1 + (1.0 if is_scale else 0.0)
-        else:
-            noise = torch.randn(tensor.shape, generator=generator) * 1.5 * tensor[0].numel() ** -0.5
-        tensor.data.copy_(noise)
+    return small_model_builder.config_for(tokenizer)
 
 
 @pytest.fixture(scope="session")
-def small_model(small_config, tokenizer) -> Sa2VAiModel:
-    torch.manual_seed(0)  # of the position matrices, which are buffers
-    model = Sa2VAiModel(small_config).eval()
-    for seed, part in enumerate(("propagator", "grounding_encoder", "vision_model", "mlp1", "language_model")):
-        randomize(getattr(model, part), seed)
-    randomize(model.text_hidden_fcs, seed=5)
-    model.preparing_for_generation(tokenizer, max_new_tokens=12)
-    return model
+def small_model() -> Sa2VAiModel:
+    """Random weights with which objects come and go and masks move."""
+    return small_model_builder.build()
 
 
 @pytest.fixture(scope="session")
