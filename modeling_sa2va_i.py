@@ -156,7 +156,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         `quantization_config` never reaches SAM 2, the decoders and `text_hidden_fcs`.
 
         Raises:
-            ValueError: the checkpoint is not whole; the message names the parts and how to convert.
+            ValueError: the checkpoint is not whole (the message names the parts and how to convert), or `device_map`
+                offloads SAM 2.
         """
         if use_flash_attn and "attn_implementation" not in kwargs:
             kwargs["attn_implementation"] = _flash_attention_or_sdpa()
@@ -167,7 +168,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         _check_whole(pretrained_model_name_or_path, info)
-        hub_options = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+        _check_not_offloaded(model)
+        hub_options = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
         model._tokenizer_kwargs = {key: kwargs[key] for key in hub_options if key in kwargs}
         return (model, info) if with_info else model
 
@@ -258,13 +260,13 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
 
     def preparing_for_generation(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | Sa2VAiProcessor,
         max_new_tokens: int = 2048,
         torch_dtype: torch.dtype | None = None,
         **kwargs,
     ) -> None:
         """Set the tokenizer, the answer's length limit and the dtype for the calls to come (optional; drop-in)."""
-        self._processor = self._processor_for(tokenizer)
+        self._processor = self._resolve_processor(tokenizer)
         self.generation_config.max_new_tokens = max_new_tokens
         if torch_dtype is not None:
             self.to(torch_dtype)
@@ -311,8 +313,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError, FileNotFoundError: before any model work, naming what was given and what was expected.
         """
-        if text is None:
-            raise ValueError("`text` is missing; give the prompt.")
+        if not text:
+            raise ValueError(f"`text` must be the prompt. Got {text!r}.")
         if image is not None and video is not None:
             raise ValueError("Give an `image` or a `video`, not both.")
         if mask_prompts is not None and image is None:
@@ -614,6 +616,19 @@ def _check_whole(name_or_path: str | Path, loading_info: dict[str, Any]) -> None
         f"{', '.join(parts)} (first: {lacking[0]}). Convert the published Sa2VA or Sa2VA-i checkpoint with "
         "`sa2va-i convert SOURCE OUT --sam2 sam2_hiera_large.pt` and load OUT."
     )
+
+
+def _check_not_offloaded(model: "Sa2VAiModel") -> None:
+    """Raise a ValueError if the device map left SAM 2's weights on disk or in offloaded memory.
+
+    They are read by methods, and accelerate brings offloaded weights back for `forward` alone.
+    """
+    for part in ("propagator", "grounding_encoder"):
+        if any(parameter.is_meta for parameter in getattr(model, part).parameters()):
+            raise ValueError(
+                f"`device_map` offloads {part}: {model.hf_device_map}. SAM 2 must lie on a device whole; offload or "
+                "quantise the language model instead."
+            )
 
 
 def _part_of(key: str) -> str:

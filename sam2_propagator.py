@@ -82,8 +82,9 @@ class Sam2Propagator(Sam2VideoModel):
 
     def features_for(self, decoder: nn.Module, feature_pyramid: Sequence[Tensor]) -> FrameFeatures:
         """The feature pyramid of `encode_images` as `decoder` takes it."""
+        device = decoder.conv_s0.weight.device  # a device map may put the fine-tuned decoder elsewhere
         stride4, stride8, stride16 = feature_pyramid
-        return FrameFeatures(decoder.conv_s0(stride4), decoder.conv_s1(stride8), stride16)
+        return FrameFeatures(decoder.conv_s0(stride4.to(device)), decoder.conv_s1(stride8.to(device)), stride16)
 
     def decode_seg(self, decoder: nn.Module, features: FrameFeatures, seg_embeddings: Tensor) -> DecodedMasks:
         """Masks of one frame from `[SEG]`, without memory, as in training (arXiv:2509.19082, consistent decoding).
@@ -212,14 +213,16 @@ class Sam2Propagator(Sam2VideoModel):
         dense: Tensor,
         multimask_output: bool = True,
     ) -> DecodedMasks:
-        logits, iou_scores, tokens, object_score_logits = decoder(
-            image_embeddings=image_embeddings,
-            image_positional_embeddings=self.get_image_wide_positional_embeddings(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
+        device = features.stride4.device  # the decoder's
+        outputs = decoder(
+            image_embeddings=image_embeddings.to(device),
+            image_positional_embeddings=self.get_image_wide_positional_embeddings().to(device),
+            sparse_prompt_embeddings=sparse.to(device),
+            dense_prompt_embeddings=dense.to(device),
             multimask_output=multimask_output,
             high_resolution_features=[features.stride4, features.stride8],
         )
+        logits, iou_scores, tokens, object_score_logits = (output.to(self.device) for output in outputs)
         # the two batch dimensions, images and prompts, are one: objects
         best = iou_scores.flatten(0, 1).argmax(dim=-1)
         objects = torch.arange(len(best), device=best.device)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import small_model as small_model_builder
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -291,7 +292,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({}, "text"),
+            ({}, "text.*None"),
+            ({"text": ""}, "text.*''"),
             ({"video": [], "text": "a"}, "no frames"),
             ({"video": "nowhere.mp4", "text": "a"}, r"nowhere\.mp4"),
             ({"image": "nowhere.png", "text": "a"}, r"nowhere\.png"),
@@ -360,6 +362,15 @@ class TestLoading:
         with answering(model, ONE):
             assert len(model.predict_forward(video=frames[:2], text=TEXT)["prediction_masks"]) == 1
 
+    def test_offloading_sam2_raises(self, small_config):
+        """On a GPU that is too small, `device_map="auto"` leaves the last parts on the meta device."""
+        model = Sa2VAiModel(small_config)
+        modeling_sa2va_i._check_not_offloaded(model)
+        model.grounding_encoder.to("meta")
+        model.hf_device_map = {"": 0, "grounding_encoder": "cpu"}
+        with pytest.raises(ValueError, match=r"offloads grounding_encoder.*language model instead"):
+            modeling_sa2va_i._check_not_offloaded(model)
+
     def test_for_causal_lm(self, converted):
         model = AutoModelForCausalLM.from_pretrained(converted, trust_remote_code=True)
         assert model.config.llm_config.model_type == "qwen2"
@@ -427,7 +438,22 @@ class TestLoading:
 
 
 class TestQuantization:
-    """What the configuration says; bitsandbytes itself needs no test here."""
+    @pytest.mark.peers
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_bitsandbytes(self, bits, tokenizer, tmp_path):
+        bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `peers` is not installed")
+        config = small_model_builder.config_for(tokenizer)
+        config.llm_config.hidden_size = config.vision_config.hidden_size = 128  # its blocks are of 64
+        model = Sa2VAiModel(config)
+        model.save_pretrained(tmp_path)
+        quantized = Sa2VAiModel.from_pretrained(
+            tmp_path,
+            device_map={"": "cpu"},
+            quantization_config=BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8),
+        )
+        linear = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
+        parts = {name.partition(".")[0] for name, part in quantized.named_modules() if isinstance(part, linear)}
+        assert parts == {"language_model", "vision_model", "mlp1"}
 
     @pytest.mark.parametrize("skipped", [None, ["vision_model"]])
     def test_masks_are_never_quantized(self, skipped):
