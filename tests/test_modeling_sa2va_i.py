@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import small_model as small_model_builder
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from transformers import (
     InternVLModel,
 )
 
+import small_model as small_model_builder
 from sa2va_i import Sa2VAiModel, VideoSegmentation, modeling_sa2va_i
 from sa2va_i.modeling_sa2va_i import last_states, merge_patches, select_seg_states
 
