@@ -31,7 +31,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SAM2_MEAN = tuple(torch.tensor(IMAGENET_MEAN).bfloat16().tolist())
 SAM2_STD = tuple(torch.tensor(IMAGENET_STD).bfloat16().tolist())
 
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+# Not all that Pillow can open: .gif and .mpg are videos here
+IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
 @dataclass(frozen=True)

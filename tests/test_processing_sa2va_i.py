@@ -1,4 +1,5 @@
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -150,6 +151,18 @@ class TestVideos:
         decoded.clear()
         next(iter(video))
         assert len(decoded) == 1
+
+    def test_a_phones_video_is_turned_upright(self, video_file, tmp_path):
+        """Phones store upright videos lying, with a rotation in the track header."""
+        data = bytearray(video_file.read_bytes())
+        matrix = data.index(b"tkhd") + 4 + 40  # after the header's fields of version 0
+        one = 0x00010000
+        data[matrix : matrix + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 0x40000000)
+        (tmp_path / "phone.mp4").write_bytes(data)
+        upright, lying = open_video(tmp_path / "phone.mp4"), open_video(video_file)
+        assert upright.original_size == (80, 60)
+        (first,) = upright.frames_at([0])
+        assert np.array_equal(first, np.rot90(lying.frames_at([0])[0], k=-1))  # a quarter clockwise
 
     def test_an_opened_video_is_taken_as_it_is(self, video_file):
         video = open_video(video_file)
