@@ -17,11 +17,12 @@ import typer
 from PIL import Image
 from tqdm import tqdm
 
-from .convert_checkpoint import MAX_SHARD_SIZE, SafetensorsFolder, convert_checkpoint
+from .convert_checkpoint import MAX_SHARD_SIZE, Hub, convert_checkpoint
 from .files import check_new_folder, read_json, staged_folder, write_json
 from .modeling_sa2va_i import Sa2VAiModel
 from .overlay import VideoWriter, draw_overlay
 from .processing_sa2va_i import IMAGE_SUFFIXES, Video, load_image, open_video, segmentation_request
+from .safetensors_io import TensorFiles, checkpoint_files
 
 app = typer.Typer(help="Sa2VA-i: say what to find in a video, get its masks.", no_args_is_help=True)
 
@@ -67,15 +68,29 @@ def segment(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder of a published Sa2VA or Sa2VA-i checkpoint.")],
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a published Sa2VA or Sa2VA-i checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    sam2: Annotated[Path | None, typer.Option(help="Meta's SAM 2 file; needed for plain Sa2VA.")] = None,
+    sam2: Annotated[str | None, typer.Option(help="Original SAM 2: file, folder or Hub id. For plain Sa2VA.")] = None,
     sam2_config: Annotated[Path | None, typer.Option(help="JSON of Sam2VideoConfig fields, if not Hiera-L.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (the source's).")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = MAX_SHARD_SIZE,
+    verify: Annotated[bool, typer.Option("--verify", help="Load the result and run each part once.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where Hub downloads are kept.")] = None,
 ) -> None:
     """Convert SOURCE to this package's layout, ready for AutoModel.from_pretrained(OUT, trust_remote_code=True)."""
-    fields = read_json(sam2_config) if sam2_config is not None else None
-    convert_checkpoint(source, out, sam2, fields, max_shard_size, progress=True)
+    convert_checkpoint(
+        source,
+        out,
+        sam2,
+        read_json(sam2_config) if sam2_config is not None else None,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        hub=Hub(revision, token, cache_dir),
+        progress=True,
+    )
     print(f"Converted {source} -> {out}")
 
 
@@ -99,12 +114,13 @@ def checkpoint_info(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"No checkpoint folder with a config.json at {folder}.")
     config = read_json(folder / "config.json")
-    weights = SafetensorsFolder(folder)
-    parameters, dtypes = Counter(), Counter()
+    weights = TensorFiles(checkpoint_files(folder))
+    parameters: Counter[str] = Counter()
+    dtypes = set()
     for key in weights:
-        shape, dtype = weights.shape_of(key), weights.dtype_of(key)
-        parameters[key.partition(".")[0]] += int(np.prod(shape))
-        dtypes[dtype] += 1
+        like = weights.meta(key)
+        parameters[key.partition(".")[0]] += like.numel()
+        dtypes.add(str(like.dtype).removeprefix("torch."))
     converted = config.get("model_type") == "sa2va_i"
     facts = {
         "layout": "Sa2VA-i (this package)" if converted else f"{config.get('model_type')} (convert it first)",

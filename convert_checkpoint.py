@@ -1,32 +1,36 @@
-"""Published Sa2VA and Sa2VA-i checkpoints, and Meta's SAM 2, to this package's layout.
+"""Published Sa2VA and Sa2VA-i checkpoints, and the original SAM 2, to this package's layout.
 
-    convert_checkpoint("ByteDance-Sa2VA-4B/", "sa2va-i-4b/", sam2="sam2_hiera_large.pt")
+    convert_checkpoint("ByteDance/Sa2VA-4B", "sa2va-i-4b/", sam2="facebook/sam2-hiera-large")
+    convert_checkpoint("Sa2VA-i-1B/", "sa2va-i-1b/")
 
-A plain Sa2VA checkpoint has one mask decoder, the fine-tuned one; the original decoder comes from Meta's SAM 2 file. A
-published Sa2VA-i checkpoint has both. Which one a folder holds is read from its keys. The conversion is strict: every
-source tensor has a place, every target tensor is filled, every shape agrees, or nothing is written.
+Which layout a source has is read from its keys. The conversion is strict: every source tensor has a place or stands on
+the list of those dropped, every target tensor is filled, every shape agrees, or nothing is written. Tensors pass one by
+one from file to file. No code of the source is run.
 """
 
+import pickle
 import re
 import shutil
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
-from safetensors.torch import save_file
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, Sam2VideoConfig
+from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationConfig
 
+from .checkpoint_layout import SAM2_FILE, SAM2_HIERA_LARGE, Plan, convert_config, make_plan, shared_sam2, some
 from .configuration_sa2va_i import Sa2VAiConfig
-from .files import check_new_folder, read_json, staged_folder, write_json
+from .files import check_disk_space, check_new_folder, read_json, staged_folder, write_json
+from .internlm2_tokenizer import convert_internlm2_tokenizer
 from .modeling_sa2va_i import Sa2VAiModel
 from .processing_sa2va_i import Sa2VAiProcessor
+from .safetensors_io import DTYPES, INDEX_FILE, TensorFiles, checkpoint_files, file_sha256, num_bytes, write_tensors
 
 REMOTE_CODE = ("configuration_sa2va_i.py", "processing_sa2va_i.py", "sam2_propagator.py", "modeling_sa2va_i.py")
 AUTO_MAP = {
@@ -43,150 +47,52 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+SOURCE_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt")  # no code, no pickles
 MAX_SHARD_SIZE = "5GB"
+DISK_MARGIN = 100_000_000  # tokenizer, code, configs
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
-LANGUAGE_MODELS = {"qwen2"}
 
-# SAM 2.0 Hiera-L, the only size the original code has
-SAM2_HIERA_LARGE = {
-    "vision_config": {
-        "backbone_config": {
-            "model_type": "sam2_hiera_det_model",
-            "hidden_size": 144,
-            "num_attention_heads": 2,
-            "embed_dim_per_stage": [144, 288, 576, 1152],
-            "num_attention_heads_per_stage": [2, 4, 8, 16],
-            "blocks_per_stage": [2, 6, 36, 4],
-            "global_attention_blocks": [23, 33, 43],
-            "window_positional_embedding_background_size": [7, 7],
-            "window_size_per_stage": [8, 4, 16, 8],
-        },
-        "backbone_channel_list": [1152, 576, 288, 144],
-    },
-    "enable_temporal_pos_encoding_for_object_pointers": False,
-    "enable_occlusion_spatial_embedding": False,
-}
+@dataclass
+class Hub:
+    """How to reach the Hub: a branch, tag or commit; a token; where downloads are kept."""
 
-SAM2_PREFIX = "grounding_encoder.sam2_model."
-SAM2_FILE = "sam2 file: "  # before the keys of Meta's file, beside those of the checkpoint
-SOURCE_DECODER, SOURCE_FINE_TUNED_DECODER = "sam_mask_decoder.", "sam_mask_decoder_modified."
-ORIGINAL_DECODER, FINE_TUNED_DECODER = "propagator.mask_decoder.", "grounding_encoder."
+    revision: str | None = None
+    token: str | None = None
+    cache_dir: str | Path | None = None
 
-# (pattern, replacement), applied in order to a key without its part's prefix
-MASK_DECODER_RENAMES = (
-    (r"^output_upscaling\.0\.", "upscale_conv1."),
-    (r"^output_upscaling\.1\.", "upscale_layer_norm."),
-    (r"^output_upscaling\.3\.", "upscale_conv2."),
-    (r"^(transformer\.layers\.\d+\.)norm([1-4])\.", r"\1layer_norm\2."),
-    (r"^(transformer\.layers\.\d+\.mlp\.)layers\.0\.", r"\1proj_in."),
-    (r"^(transformer\.layers\.\d+\.mlp\.)layers\.1\.", r"\1proj_out."),
-    (r"^transformer\.norm_final_attn\.", "transformer.layer_norm_final_attn."),
-    (r"^(transformer\..*)out_proj\.", r"\1o_proj."),
-    # three-layer perceptrons: the middle layer is `layers.0` in transformers; move the ends first
-    (r"^(output_hypernetworks_mlps\.\d+\.|iou_prediction_head\.|pred_obj_score_head\.)layers\.0\.", r"\1proj_in."),
-    (r"^(output_hypernetworks_mlps\.\d+\.|iou_prediction_head\.|pred_obj_score_head\.)layers\.1\.", r"\1layers.0."),
-    (r"^(output_hypernetworks_mlps\.\d+\.|iou_prediction_head\.|pred_obj_score_head\.)layers\.2\.", r"\1proj_out."),
-)
-SAM2_RENAMES = (
-    (r"^image_encoder\.trunk\.patch_embed\.proj\.", "vision_encoder.backbone.patch_embed.projection."),
-    (r"^image_encoder\.trunk\.(blocks\.\d+\.)norm([12])\.", r"vision_encoder.backbone.\1layer_norm\2."),
-    (r"^image_encoder\.trunk\.(blocks\.\d+\.mlp\.)layers\.0\.", r"vision_encoder.backbone.\1proj_in."),
-    (r"^image_encoder\.trunk\.(blocks\.\d+\.mlp\.)layers\.1\.", r"vision_encoder.backbone.\1proj_out."),
-    (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
-    (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
-    (r"^(memory_attention\.layers\.\d+\.)norm([123])\.", r"\1layer_norm\2."),
-    (r"^(memory_attention\.layers\.\d+\.(?:self_attn|cross_attn_image)\.)out_proj\.", r"\1o_proj."),
-    (r"^memory_attention\.norm\.", "memory_attention.layer_norm."),
-    (r"^memory_encoder\.mask_downsampler\.encoder\.12\.", "memory_encoder.mask_downsampler.final_conv."),
-    *(
-        (
-            rf"^memory_encoder\.mask_downsampler\.encoder\.{3 * layer + part}\.",
-            f"memory_encoder.mask_downsampler.layers.{layer}.{name}.",
+    def download(self, repo_id: str, patterns: tuple[str, ...]) -> Path:
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=self.revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                allow_patterns=list(patterns),
+            )
         )
-        for layer in range(4)
-        for part, name in enumerate(("conv", "layer_norm"))
-    ),
-    (r"^memory_encoder\.pix_feat_proj\.", "memory_encoder.feature_projection."),
-    (r"^memory_encoder\.out_proj\.", "memory_encoder.projection."),
-    (r"^memory_encoder\.fuser\.(layers\.\d+\.)dwconv\.", r"memory_encoder.memory_fuser.\1depthwise_conv."),
-    (r"^memory_encoder\.fuser\.(layers\.\d+\.)norm\.", r"memory_encoder.memory_fuser.\1layer_norm."),
-    (r"^memory_encoder\.fuser\.(layers\.\d+\.)pwconv([12])\.", r"memory_encoder.memory_fuser.\1pointwise_conv\2."),
-    # layer scale: `gamma` in Meta's files, `g_weight` or `weight` in Sa2VA's
-    (r"^memory_encoder\.fuser\.(layers\.\d+\.)(?:gamma|g_weight|weight)$", r"memory_encoder.memory_fuser.\1scale"),
-    (r"^sam_prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
-    (r"^sam_prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
-    (r"^sam_prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
-    (r"^sam_prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
-    (r"^sam_prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
-    (r"^sam_prompt_encoder\.", "prompt_encoder."),
-    (r"^obj_ptr_proj\.layers\.0\.", "object_pointer_proj.proj_in."),
-    (r"^obj_ptr_proj\.layers\.1\.", "object_pointer_proj.layers.0."),
-    (r"^obj_ptr_proj\.layers\.2\.", "object_pointer_proj.proj_out."),
-    (r"^maskmem_tpos_enc$", "memory_temporal_positional_encoding"),
-    (r"^no_mem_embed$", "no_memory_embedding"),
-    (r"^no_mem_pos_enc$", "no_memory_positional_encoding"),
-    (r"^no_obj_ptr$", "no_object_pointer"),
-)
-VISION_RENAMES = (
-    (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
-    (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
-    (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
-    (r"^encoder\.layers\.", "encoder.layer."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.ls([12])$", r".lambda_\1"),
-    (r"\.attn\.proj\.", ".attention.projection_layer."),
-    (r"\.attn\.([qk])_norm\.", r".attention.\1_norm."),
-)
-PROJECTOR_RENAMES = ((r"^0\.", "layer_norm."), (r"^1\.", "linear_1."), (r"^3\.", "linear_2."))
-
-POINT_EMBEDDING = re.compile(r"^sam_prompt_encoder\.point_embeddings\.(\d)\.weight$")
-POSITION_MATRIX = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
-FUSED_QKV = re.compile(r"^(.*\.)attn\.qkv\.(weight|bias)$")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A source tensor, or one of `chunks` equal parts of it along dim 0."""
+class Weights(Mapping[str, Tensor]):
+    """Tensors of several sources, each under its prefix; read when they are asked for."""
 
-    key: str
-    chunk: int = 0
-    chunks: int = 1
+    def __init__(self, sources: Mapping[str, Mapping[str, Tensor]]):
+        self._places = {prefix + name: (source, name) for prefix, source in sources.items() for name in source}
 
-    def take(self, source: Mapping[str, Tensor]) -> Tensor:
-        return source[self.key].chunk(self.chunks)[self.chunk]
-
-
-Plan = dict[str, list[Piece]]  # target key -> the pieces that make it, joined along dim 0
-
-
-class SafetensorsFolder(Mapping):
-    """The tensors of a folder of safetensors files, each read from disk when it is asked for."""
-
-    def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"No .safetensors file in {folder}.")
-        self._file_of = {}
-        for file in files:
-            handle = safe_open(file, framework="pt")
-            self._file_of.update(dict.fromkeys(handle.keys(), handle))
+    def meta(self, key: str) -> Tensor:
+        """An empty tensor of this shape and dtype on the meta device."""
+        source, name = self._places[key]
+        return source.meta(name) if isinstance(source, TensorFiles) else source[name].to("meta")
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._file_of[key].get_tensor(key)
-
-    def shape_of(self, key: str) -> tuple[int, ...]:
-        return tuple(self._file_of[key].get_slice(key).get_shape())
-
-    def dtype_of(self, key: str) -> str:
-        """As safetensors names it: F32, BF16, ..."""
-        return self._file_of[key].get_slice(key).get_dtype()
+        source, name = self._places[key]
+        return source[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._places)
 
 
 def convert_checkpoint(
@@ -194,224 +100,183 @@ def convert_checkpoint(
     out: str | Path,
     sam2: str | Path | None = None,
     sam2_config: dict[str, Any] | None = None,
+    *,
+    dtype: str | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    verify: bool = False,
+    hub: Hub | None = None,
     progress: bool = False,
 ) -> Path:
     """Write `source` in this package's layout, with the code that loads it, as the folder `out`.
 
     Args:
-        source: folder of a plain Sa2VA or a published Sa2VA-i checkpoint (safetensors).
+        source: folder or Hub id of a plain Sa2VA or a published Sa2VA-i checkpoint (safetensors).
         out: folder to make. It appears whole or not at all.
-        sam2: Meta's SAM 2 file (`.pt`); needed for plain Sa2VA, whose original decoder it holds.
+        sam2: the original SAM 2, needed for plain Sa2VA: Meta's file (`.pt`), or a folder or Hub id with Meta's file or
+            transformers' safetensors.
         sam2_config: fields of `Sam2VideoConfig` for other sizes than Hiera-L.
+        dtype: of the written weights: `float32`, `bfloat16`, `float16`; each tensor's own by default.
+        max_shard_size: of a weights file, as "5GB".
+        verify: load the result and run each part once, where memory allows.
+        hub: revision, token and cache for a Hub id.
     Returns:
         `out` as a `Path`.
     Raises:
         FileNotFoundError, FileExistsError: a source is missing, or `out` is there already.
-        ValueError: keys or shapes do not fit; the message names them.
+        OSError: the disk is too small.
+        ValueError: keys, shapes or settings do not fit; the message names them.
     """
-    source, out = Path(source), Path(out)
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"No checkpoint folder with a config.json at {source}.")
+    hub = hub or Hub()
+    out = Path(out)
     check_new_folder(out)
-    config = convert_config(read_json(source / "config.json"), sam2_config or SAM2_HIERA_LARGE)
-    weights: Mapping[str, Tensor] = SafetensorsFolder(source)
+    target_dtype = None if dtype is None else _dtype(dtype)
+    folder = resolve_source(source, hub)
+    source_config = read_json(folder / "config.json")
+    config = convert_config(source_config, sam2_config or SAM2_HIERA_LARGE)
+    sources: dict[str, Mapping[str, Tensor]] = {"": TensorFiles(checkpoint_files(folder))}
+    sam2_file = None
     if sam2 is not None:
-        weights = ChainMap({SAM2_FILE + key: tensor for key, tensor in read_sam2(Path(sam2)).items()}, weights)
+        sam2_file = resolve_sam2(sam2, hub)
+        sources[SAM2_FILE] = read_sam2(sam2_file)
+    weights = Weights(sources)
+    plan = make_plan(weights, config, source_config["llm_config"]["model_type"])
     with torch.device("meta"):
         model = Sa2VAiModel(config)
-    plan = make_plan(weights)
-    check_plan(plan, weights, model)
-    check_shared_sam2(weights)
+    layout = check_plan(plan, weights, model, target_dtype)
+    check_disk_space(out, num_bytes(layout.values()) + DISK_MARGIN)
+    check_shared_sam2(plan, weights)
+    if target_dtype is not None:
+        config.dtype = target_dtype
 
-    with staged_folder(out) as folder:
-        write_configs(folder, source, config)
-        write_weights(folder, plan, weights, max_shard_size, progress)
+    with staged_folder(out) as staged:
+        write_configs(staged, folder, config)
+        hashes = write_weights(staged, plan, layout, weights, max_shard_size, progress)
+        write_json(staged / "conversion.json", provenance(source, folder, sam2_file, hashes))
+        check_written(staged, layout)
+        if verify:
+            verify_parts(staged, num_bytes(layout.values()))
     return out
 
 
-def convert_config(source: Mapping[str, Any], sam2_config: Mapping[str, Any]) -> Sa2VAiConfig:
-    """Our config from the source's, every value read from it; token ids are filled in later.
-
-    Raises:
-        ValueError: a setting this package does not implement.
-    """
-    expected = {"select_layer": -1, "ps_version": "v2", "force_image_size": source["vision_config"]["image_size"]}
-    for name, value in expected.items():
-        if source[name] != value:
-            raise ValueError(f"`{name}` = {source[name]!r} in the source's config; only {value!r} is supported.")
-    return Sa2VAiConfig(
-        vision_config=_vision_config(source["vision_config"]),
-        llm_config=_llm_config(source["llm_config"]),
-        sam2_config=Sam2VideoConfig(**sam2_config),
-        downsample_ratio=source["downsample_ratio"],
-        template=source["template"],
-        min_dynamic_patch=source["min_dynamic_patch"],
-        max_dynamic_patch=source["max_dynamic_patch"],
-        use_thumbnail=source["use_thumbnail"],
-        architectures=["Sa2VAiModel"],
-        auto_map=AUTO_MAP,
-        dtype=source.get("torch_dtype"),
-    )
+# Sources
 
 
-def _vision_config(source: Mapping[str, Any]) -> dict[str, Any]:
-    same = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_channels",
-        "patch_size",
-        "image_size",
-        "layer_norm_eps",
-        "hidden_act",
-        "norm_type",
-    )
-    return {
-        **{name: source[name] for name in same},
-        "attention_bias": source["qkv_bias"],
-        "use_qk_norm": source.get("qk_normalization", False),
-        "use_mean_pooling": True,  # else transformers adds a final norm that InternViT has not
-    }
+def resolve_source(source: str | Path, hub: Hub) -> Path:
+    """The local folder of a checkpoint: itself, or the download of a Hub id."""
+    folder = Path(source)
+    if not folder.exists() and HUB_ID.match(str(source)):
+        folder = hub.download(str(source), SOURCE_PATTERNS)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"No checkpoint folder with a config.json at {source}, and no Hub id by this name.")
+    return folder
 
 
-def _llm_config(source: Mapping[str, Any]) -> PretrainedConfig:
-    """The language model's own settings, out of a full dump that old transformers wrote."""
-    if source["model_type"] not in LANGUAGE_MODELS:
-        raise ValueError(f"Language model {source['model_type']!r} is not supported; {sorted(LANGUAGE_MODELS)} are.")
-    known = AutoConfig.for_model(source["model_type"]).to_dict().keys() | {"rope_theta", "rope_scaling"}
-    dropped = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "id2label", "label2id"}
-    fields = {name: value for name, value in source.items() if name in known - dropped}
-    return AutoConfig.for_model(**fields)
+def resolve_sam2(sam2: str | Path, hub: Hub) -> Path:
+    """The local file of the original SAM 2: transformers' safetensors before Meta's file where a folder holds both."""
+    path = Path(sam2)
+    if not path.exists() and HUB_ID.match(str(sam2)):
+        path = Hub(token=hub.token, cache_dir=hub.cache_dir).download(str(sam2), ("model.safetensors", "*.pt"))
+    if path.is_dir():
+        files = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.pt"))]
+        if not files:
+            raise FileNotFoundError(f"No .pt and no .safetensors file in {path}.")
+        path = files[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"No SAM 2 file at {sam2}, and no Hub id by this name.")
+    return path
 
 
-def make_plan(weights: Mapping[str, Tensor]) -> Plan:
-    """Where every tensor goes. The layout, plain Sa2VA or Sa2VA-i, is read from the keys."""
-    has_both_decoders = any(key.startswith(SAM2_PREFIX + SOURCE_FINE_TUNED_DECODER) for key in weights)
-    has_sam2_file = any(key.startswith(SAM2_FILE) for key in weights)
-    if has_both_decoders and has_sam2_file:
-        raise ValueError("The checkpoint is a Sa2VA-i one and holds the original decoder: leave out the SAM 2 file.")
-    if not has_both_decoders and not has_sam2_file:
-        raise ValueError(
-            "The checkpoint is a plain Sa2VA one, which lacks the original SAM 2 decoder: give Meta's SAM 2 file "
-            "(--sam2 sam2_hiera_large.pt)."
-        )
-    plan: Plan = {}
-    points = {}
-    for key in weights:
-        part, _, rest = key.partition(".")
-        if key.startswith(SAM2_FILE):
-            rest = key.removeprefix(SAM2_FILE)
-            if rest.startswith(SOURCE_DECODER):  # the rest of the file stands in the checkpoint too
-                _add(plan, ORIGINAL_DECODER + _decoder_key(rest), Piece(key))
-        elif key.startswith(SAM2_PREFIX):
-            rest = key.removeprefix(SAM2_PREFIX)
-            if rest.startswith(SOURCE_FINE_TUNED_DECODER):
-                _add(plan, FINE_TUNED_DECODER + _decoder_key(rest), Piece(key))
-            elif rest.startswith(SOURCE_DECODER):
-                decoder = ORIGINAL_DECODER if has_both_decoders else FINE_TUNED_DECODER
-                _add(plan, decoder + _decoder_key(rest), Piece(key))
-            elif rest == POSITION_MATRIX:  # transformers keeps two copies, and re-randomises a missing one in silence
-                _add(plan, "propagator.prompt_encoder.shared_embedding.positional_embedding", Piece(key))
-                _add(plan, "propagator.shared_image_embedding.positional_embedding", Piece(key))
-            elif match := POINT_EMBEDDING.match(rest):
-                points[int(match[1])] = Piece(key)
-            else:
-                _add(plan, "propagator." + rename(rest, SAM2_RENAMES), Piece(key))
-        elif part == "vision_model":
-            if match := FUSED_QKV.match(rest):
-                for chunk, name in enumerate("qkv"):
-                    target = f"vision_model.{rename(match[1], VISION_RENAMES)}attention.{name}_proj.{match[2]}"
-                    _add(plan, target, Piece(key, chunk, 3))
-            else:
-                _add(plan, "vision_model." + rename(rest, VISION_RENAMES), Piece(key))
-        elif part == "mlp1":
-            _add(plan, "mlp1." + rename(rest, PROJECTOR_RENAMES), Piece(key))
-        else:
-            _add(plan, key, Piece(key))
-    if points:
-        plan["propagator.prompt_encoder.point_embed.weight"] = [points[number] for number in sorted(points)]
-    return plan
+def read_sam2(file: Path) -> Mapping[str, Tensor]:
+    """Tensors of a SAM 2 file: safetensors, or Meta's `{"model": {...}}` without running what a pickle may hold."""
+    if file.suffix == ".safetensors":
+        return TensorFiles([file])
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} cannot be read as a file of weights alone: {reason}") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError(f'{file} is not one of Meta\'s SAM 2 files: it has no "model".')
+    return content["model"]
 
 
-def _add(plan: Plan, target: str, piece: Piece) -> None:
-    if target in plan:
-        raise ValueError(f"Two source tensors become {target}: {plan[target][0].key} and {piece.key}.")
-    plan[target] = [piece]
+# Checks before
 
 
-def _decoder_key(key: str) -> str:
-    return rename(key.partition(".")[2], MASK_DECODER_RENAMES)
-
-
-def rename(key: str, renames: tuple[tuple[str, str], ...]) -> str:
-    """`key` after every rule, in order."""
-    for pattern, replacement in renames:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def check_plan(plan: Plan, weights: Mapping[str, Tensor], model: Sa2VAiModel) -> None:
-    """Raise a ValueError unless the plan fills the model (on the meta device) exactly."""
+def check_plan(plan: Plan, weights: Weights, model: Sa2VAiModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Raise a ValueError unless the plan fills the model exactly; returns the tensors to be written, on meta."""
     target = model.state_dict()
     unknown = sorted(plan.keys() - target.keys())
     unfilled = sorted(target.keys() - plan.keys() - model.all_tied_weights_keys.keys())
     if unknown or unfilled:
         raise ValueError(
-            f"The checkpoint does not fit: {len(unknown)} source tensors have no place {_some(unknown)}, "
-            f"{len(unfilled)} of ours are not filled {_some(unfilled)}."
+            f"The checkpoint does not fit: {len(unknown)} source tensors have no place {some(unknown)}, "
+            f"{len(unfilled)} of ours are not filled {some(unfilled)}."
         )
-    for key, pieces in plan.items():
-        shapes = [piece.take(weights).shape for piece in pieces]
-        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else tuple(shapes[0])
-        if shape != tuple(target[key].shape):
+    layout = {}
+    for key, recipe in plan.items():
+        made = recipe.make(*map(weights.meta, recipe.keys))
+        if made.shape != target[key].shape:
             raise ValueError(
-                f"{pieces[0].key} is {shape} in the source and {tuple(target[key].shape)} in the model ({key}). "
+                f"{recipe.keys[0]} gives {tuple(made.shape)} and the model has {tuple(target[key].shape)} ({key}). "
                 "Sizes of SAM 2 other than Hiera-L are given with --sam2-config."
             )
+        layout[key] = torch.empty(made.shape, dtype=dtype or made.dtype, device="meta")
+    return layout
 
 
-def check_shared_sam2(weights: Mapping[str, Tensor]) -> None:
+def check_shared_sam2(plan: Plan, weights: Weights) -> None:
     """Raise a ValueError if the checkpoint's frozen SAM 2 is not that of the SAM 2 file, beyond bfloat16 rounding."""
-    for key in weights:
-        name = key.removeprefix(SAM2_FILE)
-        if name == key or name.startswith(SOURCE_DECODER):
-            continue
-        twins = [SAM2_PREFIX + name, SAM2_PREFIX + name.replace(".gamma", ".g_weight")]
-        twin = next((twin for twin in twins if twin in weights), None)
-        if twin is None:
-            raise ValueError(f"{name} of the SAM 2 file is not in the checkpoint: it is another SAM 2.")
-        original, shared = weights[key].float(), weights[twin].float()
+    for key, recipe in shared_sam2(weights, plan).items():
+        original = weights[key].float()
+        shared = recipe.make(*map(weights.__getitem__, recipe.keys)).float()
         if original.shape != shared.shape or not torch.allclose(original, shared, rtol=2**-7, atol=1e-6):
             raise ValueError(
-                f"{name} differs between the checkpoint and the SAM 2 file. It is frozen in training: this is not the "
-                "SAM 2 the checkpoint was made from."
+                f"{key.removeprefix(SAM2_FILE)} differs between the checkpoint and the SAM 2 file. It is frozen in "
+                "training: this is not the SAM 2 the checkpoint was made from."
             )
 
 
-def write_weights(folder: Path, plan: Plan, weights: Mapping[str, Tensor], max_shard_size: str, progress: bool) -> None:
-    """Write the plan's tensors as sharded safetensors with an index, one shard in memory at a time."""
-    shapes = {key: torch.cat([piece.take(weights).to("meta") for piece in pieces]) for key, pieces in plan.items()}
-    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-    with tqdm(total=len(plan), unit="tensor", desc="convert", disable=not progress) as bar:
-        for filename, keys in split.filename_to_tensors.items():
-            shard = {}
+# Writing
+
+
+def write_weights(
+    folder: Path, plan: Plan, layout: dict[str, Tensor], weights: Weights, max_shard_size: str, progress: bool
+) -> dict[str, str]:
+    """Write the plan's tensors as sharded safetensors with an index, one tensor in memory at a time.
+
+    Returns:
+        SHA-256 by file name.
+    """
+    split = split_torch_state_dict_into_shards(layout, max_shard_size=max_shard_size)
+    hashes = {}
+    total = num_bytes(layout.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress) as bar:
+
+        def made(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
             for key in keys:
-                shard[key] = torch.cat([piece.take(weights) for piece in plan[key]])
-                bar.update()
-            save_file(shard, folder / filename, metadata={"format": "pt"})
-            (folder / filename).chmod(0o644)  # safetensors makes its files private
+                recipe = plan[key]
+                tensor = recipe.make(*map(weights.__getitem__, recipe.keys)).to(layout[key].dtype).contiguous()
+                yield key, tensor
+                bar.update(tensor.nbytes)
+
+        for filename, keys in split.filename_to_tensors.items():
+            shard = {key: layout[key] for key in keys}
+            hashes[filename] = write_tensors(folder / filename, shard, made(keys))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX_FILE, index)
+    return hashes
 
 
 def write_configs(folder: Path, source: Path, config: Sa2VAiConfig) -> None:
     """Everything beside the weights that a Hub repository of a remote-code model holds: code, configs, tokenizer."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    if (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file():
+        convert_internlm2_tokenizer(source, folder)
+    else:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
     # read from the copy: beside the source's config.json, AutoTokenizer would offer to run the source's code
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = Sa2VAiProcessor.from_config(config, tokenizer)
@@ -419,6 +284,7 @@ def write_configs(folder: Path, source: Path, config: Sa2VAiConfig) -> None:
     processor.to_json_file(folder / "processor_config.json")
     config.seg_token_id = processor.seg_token_id
     config.img_context_token_id = processor.img_context_token_id
+    config.auto_map = AUTO_MAP
     config.save_pretrained(folder)
     GenerationConfig(
         do_sample=False,
@@ -430,15 +296,65 @@ def write_configs(folder: Path, source: Path, config: Sa2VAiConfig) -> None:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
 
 
-def read_sam2(file: Path) -> dict[str, Tensor]:
-    """Tensors of Meta's SAM 2 file (`{"model": {...}}`), mapped from disk."""
-    if not file.is_file():
-        raise FileNotFoundError(f"No SAM 2 file at {file}.")
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    if "model" not in content:
-        raise ValueError(f'{file} is not one of Meta\'s SAM 2 files: it has {_some(sorted(content))} and no "model".')
-    return content["model"]
+def provenance(source: str | Path, folder: Path, sam2_file: Path | None, hashes: dict[str, str]) -> dict[str, Any]:
+    """What `conversion.json` says: from what, by what, and the hashes of what was written."""
+    files = [folder / "config.json", *checkpoint_files(folder)]
+    commit = folder.name if folder.parent.name == "snapshots" else None  # the Hub cache names folders by commit
+    return {
+        "source": str(source),
+        "source_revision": commit,
+        "source_files": {file.name: file.stat().st_size for file in files},
+        "sam2": None if sam2_file is None else {"file": sam2_file.name, "sha256": file_sha256(sam2_file)},
+        "versions": {name: version(name) for name in ("sa2va-i", "torch", "transformers")},
+        "sha256": hashes,
+    }
 
 
-def _some(names: list[str]) -> str:
-    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+# Proof on the way out
+
+
+def check_written(folder: Path, layout: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless the folder, read as users read it, has just the model's tensors."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True)
+    expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+    written = TensorFiles(checkpoint_files(folder))
+    if not expected <= set(written) or set(written) != layout.keys():
+        raise ValueError(f"The written checkpoint is not whole: {some(sorted(expected ^ set(written)))} differ.")
+
+
+@torch.no_grad()
+def verify_parts(folder: Path, size: int) -> None:
+    """Load the folder and run each part once on noise; raise a ValueError where a number is not finite."""
+    available = psutil.virtual_memory().available
+    if available < 1.3 * size:
+        print(f"Not verified: the weights take {size / 1e9:.1f} GB and {available / 1e9:.1f} GB are free.")
+        return
+    model = Sa2VAiModel.from_pretrained(folder)
+    config, propagator = model.config, model.propagator
+    tile = torch.randn(1, 3, config.image_size, config.image_size)
+    side = config.sam2_config.image_size
+    pyramid = propagator.encode_images(torch.randn(1, 3, side, side))
+    tokens = model.get_image_features(tile)
+    features = propagator.features_for(model.grounding_encoder, pyramid)
+    seg = model.text_hidden_fcs(tokens[:, 0])
+    frame = torch.zeros(3, side, side)
+    *_, (_, propagated) = propagator.propagate([frame, frame], {0: torch.ones(1, 8, 8, dtype=torch.bool)})
+    parts = {
+        "vision_model and mlp1": tokens,
+        "language_model": model.language_model(inputs_embeds=tokens).logits,
+        "text_hidden_fcs": seg,
+        "grounding_encoder": propagator.decode_seg(model.grounding_encoder, features, seg).logits,
+        "propagator": propagated,
+    }
+    for name, output in parts.items():
+        if not output.isfinite().all():
+            raise ValueError(f"{name} gives numbers that are not finite: the weights are broken.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if dtype not in DTYPES.values() or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16. Got {name!r}.")
+    return dtype

@@ -28,8 +28,8 @@ SEG = "[SEG]"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # The original rounds SAM 2's mean and std to bfloat16 even when the model is float32; kept, for the same masks.
-SAM2_MEAN = tuple(torch.tensor(IMAGENET_MEAN).bfloat16().tolist())
-SAM2_STD = tuple(torch.tensor(IMAGENET_STD).bfloat16().tolist())
+SAM2_MEAN = (0.484375, 0.455078125, 0.40625)
+SAM2_STD = (0.228515625, 0.2236328125, 0.224609375)
 
 # Not all that Pillow can open: .gif and .mpg are videos here
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))

@@ -136,7 +136,7 @@ class TestConvertAndInfo:
         facts = dict(line.split(":", 1) for line in out.splitlines())
         assert facts["language model"].strip() == "qwen2, 2 layers x 64"
         assert facts["  grounding_encoder"].strip() == "4.2 M"
-        assert facts["dtype"].strip() == "F32"
+        assert facts["dtype"].strip() == "float32"
 
     def test_info_of_an_unconverted_one(self, run, sources):
         code, out, _ = run("info", sources / "sa2va")

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 from sa2va_i.processing_sa2va_i import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    SAM2_MEAN,
+    SAM2_STD,
     Sa2VAiProcessor,
     VideoFile,
     check_mask_prompts,
@@ -86,6 +88,11 @@ def test_pixel_values(frames):
     expected = (resized / 255 - IMAGENET_MEAN) / IMAGENET_STD
     assert pixels.shape == (2, 3, 56, 56)
     np.testing.assert_allclose(pixels[1].permute(1, 2, 0), expected, atol=1e-5)
+
+
+def test_sam2_normalisation_is_imagenets_in_bfloat16():
+    assert tuple(torch.tensor(IMAGENET_MEAN).bfloat16().tolist()) == SAM2_MEAN
+    assert tuple(torch.tensor(IMAGENET_STD).bfloat16().tolist()) == SAM2_STD
 
 
 class TestImages:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Sam2VideoConfig
 
-from sa2va_i import Sam2Propagator
-from sa2va_i.convert_checkpoint import SAM2_FILE, make_plan
+from sa2va_i import Sa2VAiConfig, Sam2Propagator
+from sa2va_i.checkpoint_layout import SAM2_FILE, make_plan
 from sa2va_i.sam2_propagator import resize
 
 pytest.importorskip("sam2", reason="the extra `peers` is not installed")
@@ -75,10 +75,9 @@ def native_weights(weights, propagator) -> dict[str, torch.Tensor]:
     """Meta's tensors under transformers' names, by the tables of the conversion."""
     keyed = {"grounding_encoder.sam2_model." + key: tensor for key, tensor in weights.items()}
     keyed |= {SAM2_FILE + key: tensor for key, tensor in weights.items() if key.startswith("sam_mask_decoder.")}
-    plan = make_plan(keyed)
-    return {
-        key: torch.cat([piece.take(keyed) for piece in plan["propagator." + key]]) for key in propagator.state_dict()
-    }
+    plan = make_plan(keyed, Sa2VAiConfig(), "qwen2")
+    recipes = {key: plan["propagator." + key] for key in propagator.state_dict()}
+    return {key: recipe.make(*(keyed[name] for name in recipe.keys)) for key, recipe in recipes.items()}
 
 
 @pytest.fixture(scope="module")
