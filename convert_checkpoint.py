@@ -214,7 +214,8 @@ def check_plan(plan: Plan, weights: Weights, model: Sa2VAiModel, dtype: torch.dt
             f"{len(unfilled)} of ours are not filled {some(unfilled)}."
         )
     layout = {}
-    for key, recipe in plan.items():
+    for key in filter(plan.__contains__, target):  # the model's order, whatever the source's
+        recipe = plan[key]
         made = recipe.make(*map(weights.meta, recipe.keys))
         if made.shape != target[key].shape:
             raise ValueError(

@@ -107,7 +107,7 @@ def write_tensors(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tu
     """
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        header = _header(layout)
+        header = header_bytes(layout)
         file.write(header)
         digest.update(header)
         for (expected, like), (name, tensor) in zip(layout.items(), tensors, strict=True):
@@ -154,7 +154,8 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return entries
 
 
-def _header(layout: Mapping[str, Tensor]) -> bytes:
+def header_bytes(layout: Mapping[str, Tensor]) -> bytes:
+    """What a safetensors file of these tensors begins with; their bytes follow in this order."""
     fields: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, like in layout.items():

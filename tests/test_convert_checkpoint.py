@@ -1,15 +1,17 @@
+import errno
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sa2va_i import Sa2VAiConfig, Sam2Propagator
+from sa2va_i import Sa2VAiConfig, Sa2VAiModel, Sam2Propagator
 from sa2va_i.checkpoint_layout import FINE_TUNED_DECODER, ORIGINAL_DECODER, SAM2_HIERA_LARGE, convert_config, make_plan
-from sa2va_i.convert_checkpoint import REMOTE_CODE, convert_checkpoint
+from sa2va_i.convert_checkpoint import REMOTE_CODE, Hub, convert_checkpoint
 from sa2va_i.files import read_json
-from sa2va_i.safetensors_io import TensorFiles, checkpoint_files
+from sa2va_i.safetensors_io import TensorFiles, checkpoint_files, file_sha256
 
 SAM2 = "grounding_encoder.sam2_model."
 
@@ -44,9 +46,7 @@ def convert(source, tmp_path, sources, sam2_config):
 def test_both_layouts_become_the_same(converted, sources, sam2_config, tmp_path):
     """Plain Sa2VA and Meta's file, or published Sa2VA-i: one model."""
     other = convert_checkpoint(sources / "sa2va_i", tmp_path / "out", sam2_config=sam2_config)
-    ours, theirs = tensors(converted), tensors(other)
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (converted / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert read_json(converted / "config.json") == read_json(other / "config.json")
 
 
@@ -184,6 +184,170 @@ def test_source_code_is_not_run(source, tmp_path, sources, sam2_config):
     for name in ("configuration_sa2va_chat.py", "modeling_sa2va_chat.py"):
         (source / name).write_text("raise RuntimeError('the source code was run')")
     convert(source, tmp_path, sources, sam2_config)
+
+
+class TestBrokenSources:
+    """A clear error, and nothing that looks finished."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self, tmp_path):
+        yield
+        assert not list(tmp_path.glob("*out*"))
+
+    def test_truncated_shard(self, sources, tmp_path, sam2_config):
+        folder = shutil.copytree(sources / "sa2va_i", tmp_path / "source")
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-1000])
+        with pytest.raises(ValueError, match=rf"{shard.name} is truncated"):
+            convert_checkpoint(folder, tmp_path / "out", sam2_config=sam2_config)
+
+    def test_index_naming_a_missing_file(self, sources, tmp_path, sam2_config):
+        folder = shutil.copytree(sources / "sa2va_i", tmp_path / "source")
+        shard = sorted(folder.glob("*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(FileNotFoundError, match=shard.name):
+            convert_checkpoint(folder, tmp_path / "out", sam2_config=sam2_config)
+
+    def test_pickle_with_code(self, sources, tmp_path, sam2_config):
+        """Loading it must not run it."""
+        torch.save({"model": Malice(tmp_path / "malice-was-here")}, tmp_path / "sam2.pt")
+        with pytest.raises(ValueError, match=r"sam2\.pt cannot be read as a file of weights alone"):
+            convert_checkpoint(sources / "sa2va", tmp_path / "out", tmp_path / "sam2.pt", sam2_config)
+        assert not (tmp_path / "malice-was-here").exists()
+
+    @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+    def test_sam2_file_of_something_else(self, sources, tmp_path, sam2_config, content):
+        (tmp_path / "sam2.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"sam2\.pt cannot be read"):
+            convert_checkpoint(sources / "sa2va", tmp_path / "out", tmp_path / "sam2.pt", sam2_config)
+
+    def test_disk_that_is_too_small(self, sources, tmp_path, sam2_config, monkeypatch):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=10**7))
+        with pytest.raises(OSError, match=r"needs 0\.2 GB and 0\.0 GB are free"):
+            convert_checkpoint(sources / "sa2va_i", tmp_path / "out", sam2_config=sam2_config)
+
+    def test_disk_that_fills_up(self, sources, tmp_path, sam2_config, monkeypatch):
+        def fill(path, layout, tensors):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("sa2va_i.convert_checkpoint.write_tensors", fill)
+        with pytest.raises(OSError, match="No space left"):
+            convert_checkpoint(sources / "sa2va_i", tmp_path / "out", sam2_config=sam2_config)
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_killed_run_is_started_over(sources, tmp_path, sam2_config, converted):
+    """What it left stands under no final name, and is cleared away."""
+    left = tmp_path / ".out.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    out = convert_checkpoint(sources / "sa2va_i", tmp_path / "out", sam2_config=sam2_config)
+    assert (out / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype(sources, tmp_path, sam2_config, dtype, converted):
+    out = convert_checkpoint(sources / "sa2va_i", tmp_path / "out", sam2_config=sam2_config, dtype=dtype)
+    weights, original = tensors(out), tensors(converted)
+    assert all(torch.equal(weights[key], original[key].to(getattr(torch, dtype))) for key in original)
+    assert read_json(out / "config.json")["dtype"] == dtype
+    assert Sa2VAiModel.from_pretrained(out).dtype == getattr(torch, dtype)
+
+
+def test_unknown_dtype(sources, tmp_path):
+    with pytest.raises(ValueError, match="int4"):
+        convert_checkpoint(sources / "sa2va_i", tmp_path / "out", dtype="int4")
+
+
+def test_provenance(converted, sources):
+    record = read_json(converted / "conversion.json")
+    assert record["source"] == str(sources / "sa2va")
+    assert record["sam2"] == {"file": "sam2.pt", "sha256": file_sha256(sources / "sam2.pt")}
+    assert record["sha256"] == {"model.safetensors": file_sha256(converted / "model.safetensors")}
+    assert record["versions"].keys() == {"sa2va-i", "torch", "transformers"}
+
+
+def test_verify(sources, tmp_path, sam2_config):
+    folder = shutil.copytree(sources / "sa2va_i", tmp_path / "source")
+    convert_checkpoint(folder, tmp_path / "good", sam2_config=sam2_config, verify=True)
+    shard = next(file for file in folder.glob("*.safetensors") if "mlp1.0.weight" in load_file(file))
+    weights = load_file(shard)
+    weights["mlp1.0.weight"][0] = float("nan")
+    save_file(weights, shard)
+    with pytest.raises(ValueError, match=r"mlp1 gives numbers that are not finite"):
+        convert_checkpoint(folder, tmp_path / "bad", sam2_config=sam2_config, verify=True)
+    assert not (tmp_path / "bad").exists()
+
+
+class TestHub:
+    """No network here: `snapshot_download` is a stand-in that knows two repositories."""
+
+    @pytest.fixture
+    def downloads(self, sources, tmp_path, monkeypatch):
+        repositories = {"someone/Sa2VA-1B": sources / "sa2va", "facebook/sam2-hiera-large": tmp_path / "sam2"}
+        (tmp_path / "sam2").mkdir()
+        shutil.copy(sources / "sam2.pt", tmp_path / "sam2" / "sam2_hiera_large.pt")
+        asked = []
+
+        def download(repo_id, **options):
+            asked.append((repo_id, options))
+            snapshot = tmp_path / "cache" / repo_id / "snapshots" / "0123abcd"
+            patterns = options["allow_patterns"]
+            shutil.copytree(repositories[repo_id], snapshot, dirs_exist_ok=True)
+            for file in snapshot.iterdir():
+                if not any(file.match(pattern) for pattern in patterns):
+                    file.unlink()
+            return str(snapshot)
+
+        monkeypatch.setattr("sa2va_i.convert_checkpoint.snapshot_download", download)
+        return asked
+
+    def test_ids_for_both(self, downloads, tmp_path, sam2_config, converted):
+        out = convert_checkpoint(
+            "someone/Sa2VA-1B",
+            tmp_path / "out",
+            sam2="facebook/sam2-hiera-large",
+            sam2_config=sam2_config,
+            hub=Hub(revision="v1", token="secret", cache_dir=tmp_path / "cache"),
+        )
+        assert (out / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+        record = read_json(out / "conversion.json")
+        assert (record["source"], record["source_revision"]) == ("someone/Sa2VA-1B", "0123abcd")
+        (_, source), (_, sam2) = downloads
+        assert (source["revision"], source["token"]) == ("v1", "secret")
+        assert sam2["revision"] is None  # the revision is the checkpoint's
+        assert not any(pattern.endswith((".py", ".bin")) for pattern in source["allow_patterns"])
+        assert "secret" not in (out / "conversion.json").read_text()
+
+    def test_a_folder_goes_before_an_id(self, downloads, sources, tmp_path, monkeypatch, sam2_config):
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(sources / "sa2va_i", tmp_path / "someone" / "Sa2VA-1B")
+        convert_checkpoint("someone/Sa2VA-1B", tmp_path / "out", sam2_config=sam2_config)
+        assert downloads == []
+
+
+def test_sam2_in_transformers_layout(sources, tmp_path, sam2_config, converted):
+    """As `facebook/sam2-hiera-large` has it beside Meta's file."""
+    weights = tensors(converted)
+    prefix = "propagator."
+    native = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
+    (tmp_path / "sam2").mkdir()
+    save_file(native, tmp_path / "sam2" / "model.safetensors")
+    out = convert_checkpoint(sources / "sa2va", tmp_path / "out", tmp_path / "sam2", sam2_config)
+    assert (out / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+    native["memory_encoder.projection.bias"] = native["memory_encoder.projection.bias"] + 1
+    save_file(native, tmp_path / "sam2" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"memory_encoder\.projection\.bias differs"):
+        convert_checkpoint(sources / "sa2va", tmp_path / "other", tmp_path / "sam2", sam2_config)
 
 
 def test_no_such_source(tmp_path):
