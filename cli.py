@@ -1,7 +1,7 @@
 """`sa2va-i`: segment videos and images from a sentence, convert checkpoints, look at checkpoints.
 
 sa2va-i segment dog.mp4 "the dog that jumps first" --model sa2va-i-4b -o out/
-sa2va-i convert Sa2VA-4B/ sa2va-i-4b/ --sam2 sam2_hiera_large.pt
+sa2va-i convert ByteDance/Sa2VA-4B sa2va-i-4b/ --sam2 facebook/sam2-hiera-large
 sa2va-i info sa2va-i-4b/
 """
 
@@ -14,11 +14,14 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from huggingface_hub import HfApi
 from PIL import Image
 from tqdm import tqdm
 
+from . import publish
 from .convert_checkpoint import MAX_SHARD_SIZE, Hub, convert_checkpoint
 from .files import check_new_folder, read_json, staged_folder, write_json
+from .loading import load
 from .modeling_sa2va_i import Sa2VAiModel
 from .overlay import VideoWriter, draw_overlay
 from .processing_sa2va_i import IMAGE_SUFFIXES, Video, load_image, open_video, segmentation_request
@@ -31,7 +34,7 @@ app = typer.Typer(help="Sa2VA-i: say what to find in a video, get its masks.", n
 def segment(
     input: Annotated[Path, typer.Argument(help="A video file, a folder of frames, or an image.")],
     prompt: Annotated[str, typer.Argument(help="A phrase, a request or a question.")],
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a converted checkpoint.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id; a published original is converted once.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to make for the results.")],
     frames: Annotated[int | None, typer.Option(help="Frames the language model sees (5; 12 for MeViS).")] = None,
     max_prompt_frames: Annotated[int | None, typer.Option(help="Initial masks that are propagated (all).")] = None,
@@ -41,12 +44,14 @@ def segment(
     device: Annotated[str | None, typer.Option(help="cuda, mps, cpu, ... (the accelerator if there is one).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, flash_attention_2, eager.")] = None,
+    sam2: Annotated[str | None, typer.Option(help="Original SAM 2, if the model is a plain Sa2VA.")] = None,
+    sam2_config: Annotated[Path | None, typer.Option(help="JSON of its Sam2VideoConfig, if not Hiera-L.")] = None,
 ) -> None:
     """Answer PROMPT about INPUT; write the answer, a PNG mask per object and frame, and an overlay to look at."""
     check_new_folder(out)
     is_image = input.is_file() and input.suffix.lower() in IMAGE_SUFFIXES
     media = load_image(input) if is_image else open_video(input)
-    sa2va = load_model(model, device, dtype, attn_implementation)
+    sa2va = load_model(model, device, dtype, attn_implementation, sam2, sam2_config)
     with staged_folder(out) as folder:
         if is_image:
             result = _segment_image(sa2va, media, prompt, max_new_tokens, folder)
@@ -78,6 +83,8 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where Hub downloads are kept.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Hub repository to upload the result to.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
 ) -> None:
     """Convert SOURCE to this package's layout, ready for AutoModel.from_pretrained(OUT, trust_remote_code=True)."""
     convert_checkpoint(
@@ -92,6 +99,8 @@ def convert(
         progress=True,
     )
     print(f"Converted {source} -> {out}")
+    if push_to_hub is not None:
+        print(f"Uploaded {out} -> {publish.push_to_hub(out, push_to_hub, private, HfApi(token=token))}")
 
 
 @app.command()
@@ -101,12 +110,20 @@ def info(model: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")])
         print(f"{name + ':':22}{value}")
 
 
-def load_model(name: str, device: str | None, dtype: str, attn_implementation: str | None) -> Sa2VAiModel:
+def load_model(
+    name: str,
+    device: str | None,
+    dtype: str,
+    attn_implementation: str | None = None,
+    sam2: str | None = None,
+    sam2_config: Path | None = None,
+) -> Sa2VAiModel:
     """The model on `device`, or on the accelerator if there is one, in evaluation mode."""
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    return Sa2VAiModel.from_pretrained(name, dtype=dtype, **options).to(device).eval()
+    fields = read_json(sam2_config) if sam2_config is not None else None
+    return load(name, sam2, fields, dtype=dtype, **options).to(device).eval()
 
 
 def checkpoint_info(folder: Path) -> dict[str, Any]:

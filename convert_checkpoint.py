@@ -30,6 +30,7 @@ from .files import check_disk_space, check_new_folder, read_json, staged_folder,
 from .internlm2_tokenizer import convert_internlm2_tokenizer
 from .modeling_sa2va_i import Sa2VAiModel
 from .processing_sa2va_i import Sa2VAiProcessor
+from .publish import make_card
 from .safetensors_io import DTYPES, INDEX_FILE, TensorFiles, checkpoint_files, file_sha256, num_bytes, write_tensors
 
 REMOTE_CODE = ("configuration_sa2va_i.py", "processing_sa2va_i.py", "sam2_propagator.py", "modeling_sa2va_i.py")
@@ -152,6 +153,7 @@ def convert_checkpoint(
         write_configs(staged, folder, config)
         hashes = write_weights(staged, plan, layout, weights, max_shard_size, progress)
         write_json(staged / "conversion.json", provenance(source, folder, sam2_file, hashes))
+        make_card(staged, repo_id=out.name).save(staged / "README.md")
         check_written(staged, layout)
         if verify:
             verify_parts(staged, num_bytes(layout.values()))

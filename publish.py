@@ -1,0 +1,104 @@
+"""Model cards, and the upload of a converted checkpoint to the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from .configuration_sa2va_i import Sa2VAiConfig
+from .files import read_json
+
+CARDS = Path(__file__).parent / "hub_cards"
+LARGE = 5_000_000_000  # bytes from which an upload is split and can be resumed
+DATASETS = {
+    "MeViS": "FudanCVL/MeViS",
+    "Ref-YT-VOS": "ref-youtube-vos",
+    "Ref-DAVIS17": "ref-davis17",
+}
+
+
+def make_card(folder: Path, repo_id: str) -> ModelCard:
+    """The card of a converted checkpoint, with the metadata the Hub reads.
+
+    Args:
+        folder: of `convert_checkpoint`.
+        repo_id: where it will stand, for the code in the card.
+    """
+    config = Sa2VAiConfig.from_pretrained(folder)
+    source = read_json(folder / "conversion.json")["source"]
+    numbers, model = _known(config)
+    license_name = model["language_model"]["license"]
+    is_free = license_name in ("apache-2.0", "mit")
+    data = ModelCardData(
+        model_name=model["name"],
+        license="apache-2.0" if is_free else "other",
+        license_name=None if is_free else license_name,
+        base_model=model["base_model"],
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["sa2va", "sa2va-i", "video", "segmentation", "referring-video-object-segmentation", "custom_code"],
+        language=["multilingual"],
+        eval_results=[_result(dataset, score, numbers["numbers"]) for dataset, score in model["scores"].items()]
+        or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(CARDS / "model_card.md.j2"),
+        name=model["name"],
+        repo_id=repo_id,
+        # a folder on someone's disk says nothing to a reader
+        source=source if source.count("/") == 1 and not Path(source).exists() else model["base_model"],
+        scores=model["scores"],
+        numbers_source=numbers["numbers"]["source"],
+        language_model=model["language_model"]["name"],
+        language_model_license=numbers["licenses"].get(license_name, "see its own page"),
+        vision_size="6B" if config.vision_config.hidden_size == 3200 else "300M",
+        sample_num_frames=config.sample_num_frames,
+    )
+
+
+def push_to_hub(folder: Path, repo_id: str, private: bool = False, api: HfApi | None = None) -> str:
+    """Upload a converted checkpoint with its card; returns the repository's address.
+
+    The card goes last: a repository that has one is whole.
+    """
+    api = api or HfApi()
+    card = make_card(folder, repo_id)
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    if sum(file.stat().st_size for file in folder.iterdir()) >= LARGE:
+        api.upload_large_folder(repo_id, repo_type="model", folder_path=folder, ignore_patterns=["README.md"])
+    else:
+        api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["README.md"])
+    api.upload_file(repo_id=repo_id, path_or_fileobj=str(card).encode(), path_in_repo="README.md")
+    return str(url)
+
+
+def _known(config: Sa2VAiConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The facts of `hub_cards/models.json`, and the model among them that has this config's language model."""
+    facts = read_json(CARDS / "models.json")
+    llm = config.llm_config
+    for model in facts["models"]:
+        known = model["language_model"]
+        if (llm.model_type, llm.hidden_size, llm.num_hidden_layers) == (
+            known["type"],
+            known["hidden_size"],
+            known["layers"],
+        ):
+            return facts, model
+    other = {"name": llm.model_type, "license": "other"}
+    return facts, {"name": "Sa2VA-i", "base_model": None, "language_model": other, "scores": {}}
+
+
+def _result(dataset: str, score: float, numbers: dict[str, str]) -> EvalResult:
+    return EvalResult(
+        task_type="video-object-segmentation",
+        task_name="Referring video object segmentation",
+        dataset_type=DATASETS[dataset],
+        dataset_name=dataset,
+        metric_type="j_and_f",
+        metric_name="J&F",
+        metric_value=score,
+        verified=False,
+        source_name=numbers["note"],
+        source_url=numbers["source"],
+    )
