@@ -108,6 +108,29 @@ class VideoSegmentation(Iterator):
         return next(self._masks)
 
 
+class VideoSegmentations(Iterator):
+    """The answers to several prompts about a video, and an iterator over the masks of its frames.
+
+    Yields `(frame_idx, masks)` for every frame in order, masks a list of one array (K, height, width) per prompt, K the
+    number of `[SEG]` in its answer; nothing where no answer has any.
+
+    predictions (`list[str]`): the answers, special tokens kept.
+    num_objects (`list[int]`): K of each.
+    sample_idx (`list[int]`), num_frames (`int`): as in `VideoSegmentation`.
+    """
+
+    def __init__(self, answers: list[Answer], sample_idx: list[int], num_frames: int, masks: Iterator):
+        self.predictions = [answer.prediction for answer in answers]
+        self.num_objects = [len(answer.seg_embeddings) for answer in answers]
+        self.sample_idx = sample_idx
+        self.num_frames = num_frames
+        self._masks = masks
+
+    def __next__(self) -> tuple[int, list[np.ndarray]]:
+        frame_idx, masks = next(self._masks)
+        return frame_idx, np.split(masks, np.cumsum(self.num_objects)[:-1])
+
+
 class Sa2VAiModel(PreTrainedModel, GenerationMixin):
     """Sa2VA-i: `predict_forward` answers and segments in one call, `segment` streams the masks of a video."""
 
@@ -206,19 +229,24 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         return self.mlp1(merge_patches(patches, self.config.token_grid_size))
 
     def embed_prompt(
-        self, input_ids: Tensor, pixel_values: Tensor | None = None, region_masks: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        region_masks: Tensor | None = None,
+        image_features: Tensor | None = None,
     ) -> Tensor:
         """Embeddings (1, L, hidden_size) of a prompt, visual tokens in the place of `<IMG_CONTEXT>`.
 
         Args:
             input_ids, pixel_values, region_masks: of `Sa2VAiProcessor.__call__`. The tokens of a region are those
                 of the last tile (the whole image) that it covers, and come after the image's own.
+            image_features: of `get_image_features`, where they are there already.
         """
         input_ids = input_ids.to(self.device)
         embeddings = self.get_input_embeddings()(input_ids)
         if pixel_values is None:
             return embeddings
-        features = self.get_image_features(pixel_values)
+        features = self.get_image_features(pixel_values) if image_features is None else image_features
         visual_tokens = features.flatten(0, 1)
         if region_masks is not None:
             regions = [features[-1][mask.flatten().to(features.device)] for mask in region_masks]
@@ -246,10 +274,11 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         pixel_values: Tensor | None = None,
         region_masks: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_features: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
         """Generated token ids (1, N) alone, without the prompt's. Takes what the language model's `generate` takes."""
-        embeddings = self.embed_prompt(input_ids, pixel_values, region_masks)
+        embeddings = self.embed_prompt(input_ids, pixel_values, region_masks, image_features)
         generation_config = copy.deepcopy(kwargs.pop("generation_config", self.generation_config))
         kwargs = generation_config.update(**kwargs)  # returns what is no generation setting
         if attention_mask is not None:
@@ -378,6 +407,50 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             max_new_tokens=max_new_tokens,
         )
 
+    @torch.no_grad()
+    def segment_each(
+        self,
+        video: Video | Sequence | str | Path | np.ndarray,
+        texts: Sequence[str],
+        *,
+        processor: Sa2VAiProcessor | PreTrainedTokenizerBase | None = None,
+        sample_num_frames: int | None = None,
+        max_prompt_frames: int | None = None,
+        decoding: str | None = None,
+        sampling: str | None = None,
+        max_new_tokens: int | None = None,
+        max_objects: int | None = None,
+        probabilities: bool = False,
+    ) -> VideoSegmentations:
+        """Answer several prompts about one video, each on its own, and segment it for all of them at once.
+
+        Frames are decoded, seen by the vision model and encoded by SAM 2 once for all prompts.
+
+        Args:
+            texts: prompts, taken as they are.
+            max_objects: how many objects are propagated as one batch; all by default.
+            probabilities: yield float32 probabilities in 0..1 in the place of bool masks.
+            others: as in `predict_forward`.
+        """
+        options = self._decoding_options(sample_num_frames, sampling, decoding, max_prompt_frames)
+        processor = self._resolve_processor(processor)
+        video = open_video(video)
+        sample_idx = options.sample_idx(video)
+        frames = video.frames_at(sample_idx)
+        image_features, answers = None, []
+        for text in texts:
+            prompt = processor.prompt_text(text, has_media=True)
+            inputs = processor(prompt, frames=frames)
+            if image_features is None:
+                image_features = self.get_image_features(inputs["pixel_values"])
+            answers.append(self._answer(processor, prompt, inputs, max_new_tokens, image_features))
+        seg_embeddings = torch.cat([answer.seg_embeddings for answer in answers])
+        masks: Iterator = iter(())
+        if len(seg_embeddings):
+            groups = seg_embeddings.split(max_objects or len(seg_embeddings))
+            masks = self._video_masks(processor, video, frames, sample_idx, groups, options, probabilities)
+        return VideoSegmentations(answers, sample_idx, video.num_frames, masks)
+
     # One function per mode
 
     @torch.no_grad()
@@ -404,7 +477,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         elif drafts_only:
             masks = self._draft_masks(processor, video, frames, sample_idx, answer.seg_embeddings, options)
         else:
-            masks = self._video_masks(processor, video, frames, sample_idx, answer.seg_embeddings, options)
+            masks = self._video_masks(processor, video, frames, sample_idx, [answer.seg_embeddings], options)
         return VideoSegmentation(answer, sample_idx, video.num_frames, masks)
 
     def _predict_image(
@@ -424,7 +497,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         answer = self._answer(processor, prompt, inputs, max_new_tokens)
         masks = []
         if len(answer.seg_embeddings):
-            _, decoded = self._decode_initial(processor, image, answer.seg_embeddings)
+            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([image]))
+            decoded = self._decode_initial(pyramid, answer.seg_embeddings)
             masks = list(_to_array(self.propagator.masks_at(decoded.logits, original_size))[:, None])
         return {"prediction": answer.prediction, "prediction_masks": masks, "past_text": answer.past_text}
 
@@ -438,12 +512,18 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
     # From the answer to the masks
 
     def _answer(
-        self, processor: Sa2VAiProcessor, prompt: str, inputs: BatchFeature, max_new_tokens: int | None
+        self,
+        processor: Sa2VAiProcessor,
+        prompt: str,
+        inputs: BatchFeature,
+        max_new_tokens: int | None,
+        image_features: Tensor | None = None,
     ) -> Answer:
         limits = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         with last_states(self.get_decoder().norm) as states:
             token_ids = self.generate(
                 **inputs,
+                image_features=image_features,
                 eos_token_id=processor.stop_token_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
                 **limits,
@@ -453,13 +533,10 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         seg_embeddings = self.text_hidden_fcs(seg_states.to(self.text_hidden_fcs[0].weight.device))
         return Answer(prediction, processor.past_text(prompt, prediction), seg_embeddings)
 
-    def _decode_initial(
-        self, processor: Sa2VAiProcessor, frame: Image.Image, seg_embeddings: Tensor
-    ) -> tuple[tuple[Tensor, ...], DecodedMasks]:
-        """The feature pyramid of one sampled frame, and its masks from `[SEG]`."""
-        pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
+    def _decode_initial(self, pyramid: Sequence[Tensor], seg_embeddings: Tensor) -> DecodedMasks:
+        """Masks from `[SEG]` of one sampled frame, given as its feature pyramid."""
         features = self.propagator.features_for(self.grounding_encoder, pyramid)
-        return pyramid, self.propagator.decode_seg(self.grounding_encoder, features, seg_embeddings)
+        return self.propagator.decode_seg(self.grounding_encoder, features, seg_embeddings)
 
     @torch.no_grad()
     def _draft_masks(
@@ -472,7 +549,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         options: DecodingOptions,
     ) -> Iterator[tuple[int, np.ndarray]]:
         for frame_idx, frame in zip(sample_idx, frames, strict=True):
-            _, decoded = self._decode_initial(processor, frame, seg_embeddings)
+            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
+            decoded = self._decode_initial(pyramid, seg_embeddings)
             if options.decoding == "memory":
                 masks = self.propagator.masks_at(decoded.logits, video.original_size)
             else:
@@ -486,31 +564,39 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         video: Video,
         frames: Sequence[Image.Image],
         sample_idx: Sequence[int],
-        seg_embeddings: Tensor,
+        seg_groups: Sequence[Tensor],
         options: DecodingOptions,
+        probabilities: bool = False,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Every frame is encoded once: the sampled ones here, the others as they are tracked."""
+        """Every frame is encoded once: the sampled ones here, the others as they are tracked.
+
+        The objects of each of `seg_groups`, (K, C) embeddings, are one batch; the masks are of all in order.
+        """
         consistent = options.decoding == "consistent"
         decoder = self.propagator.mask_decoder if consistent else self.grounding_encoder
-        tracker = ObjectTracker(self.propagator, decoder, gate_masks=consistent)
+        trackers = [ObjectTracker(self.propagator, decoder, gate_masks=consistent) for _ in seg_groups]
         prompt_idx = set(sample_idx[: options.max_prompt_frames])
         features_to_come = {}
         for frame_idx, frame in zip(sample_idx, frames, strict=True):
-            pyramid, decoded = self._decode_initial(processor, frame, seg_embeddings)
+            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
             features = self.propagator.features_for(decoder, pyramid)
             if frame_idx not in prompt_idx:
                 features_to_come[frame_idx] = features
-            elif consistent:
-                tracker.add_mask_prompt(frame_idx, features, initial_masks(decoded, video.original_size))
-            else:
-                tracker.add_seg_prompt(frame_idx, features, decoded)
+                continue
+            for tracker, seg_embeddings in zip(trackers, seg_groups, strict=True):
+                decoded = self._decode_initial(pyramid, seg_embeddings)
+                if consistent:
+                    tracker.add_mask_prompt(frame_idx, features, initial_masks(decoded, video.original_size))
+                else:
+                    tracker.add_seg_prompt(frame_idx, features, decoded)
 
         def encode(frame: Image.Image) -> FrameFeatures:
             pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
             return self.propagator.features_for(decoder, pyramid)
 
-        for frame_idx, logits in track_frames(tracker, video, encode, features_to_come):
-            yield frame_idx, _to_array(self.propagator.masks_at(logits, video.original_size))
+        for frame_idx, logits in track_frames(trackers, video, encode, features_to_come):
+            logits = self.propagator.full_size_logits(logits, video.original_size)
+            yield frame_idx, _to_array(logits.sigmoid() if probabilities else logits > 0)
 
     # Defaults
 

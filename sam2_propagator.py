@@ -198,11 +198,15 @@ class Sam2Propagator(Sam2VideoModel):
         with torch.no_grad():
             for frame_idx in sorted(prompt_masks):
                 tracker.add_mask_prompt(frame_idx, encode(frames[frame_idx]), prompt_masks[frame_idx])
-        yield from track_frames(tracker, frames, encode)
+        yield from track_frames([tracker], frames, encode)
 
     def masks_at(self, logits: Tensor, original_size: tuple[int, int]) -> Tensor:
         """(K, height, width) bool masks at `original_size` from propagated logits, by way of H x W as SAM 2 does."""
-        return resize(resize(logits, self.image_side), original_size)[:, 0] > 0
+        return self.full_size_logits(logits, original_size) > 0
+
+    def full_size_logits(self, logits: Tensor, original_size: tuple[int, int]) -> Tensor:
+        """(K, height, width) float32 logits at `original_size`, by way of H x W."""
+        return resize(resize(logits, self.image_side), original_size)[:, 0]
 
     def _decode(
         self,
@@ -359,30 +363,31 @@ class ObjectTracker:
 
 
 def track_frames(
-    tracker: ObjectTracker,
+    trackers: Sequence[ObjectTracker],
     frames: Iterable[Frame],
     encode: Callable[[Frame], FrameFeatures],
     known_features: dict[int, FrameFeatures] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (frame_idx, logits) of every frame of a video, in order, holding none of them.
 
-    Frames before the first prompt are tracked too: their memory is the prompt frames to come.
+    Frames before the first prompt are tracked too: their memory is the prompt frames to come. A frame is encoded once
+    for all trackers; the logits of their objects come one tracker after the other.
 
     Args:
-        tracker: with its prompts.
+        trackers: with their prompts, on the same frames and with the same decoder.
         frames: the whole video.
         encode: called once for each frame that neither prompts nor stands in `known_features`.
         known_features: features of frames encoded before; each is dropped once its frame has passed.
     """
     known_features = dict(known_features or {})
     for frame_idx, frame in enumerate(frames):
-        if tracker.is_prompt_frame(frame_idx):
-            yield frame_idx, tracker.prompt_logits(frame_idx)
+        if trackers[0].is_prompt_frame(frame_idx):
+            yield frame_idx, torch.cat([tracker.prompt_logits(frame_idx) for tracker in trackers])
             continue
         with torch.no_grad():
             features = known_features.pop(frame_idx, None) or encode(frame)
-            logits = tracker.track(frame_idx, features)
-        yield frame_idx, logits
+            logits = [tracker.track(frame_idx, features) for tracker in trackers]
+        yield frame_idx, torch.cat(logits)
 
 
 def resize(images: Tensor, size: int | tuple[int, int], antialias: bool = False) -> Tensor:

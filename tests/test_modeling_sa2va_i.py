@@ -527,3 +527,67 @@ def test_generation_config_beside_the_weights(converted):
     content = json.loads((converted / "generation_config.json").read_text())
     assert content["eos_token_id"] == [399, 400]
     assert content["do_sample"] is False
+
+
+class TestSegmentEach:
+    PROMPTS = ("<image>\nPlease segment the disk.", "<image>\nPlease segment all.", "<image>\nIs there a cat?")
+    ANSWERS = (ONE, TWO, NONE)
+
+    @pytest.fixture
+    def one_by_one(self, small_model, frames, answering):
+        results = []
+        for text, answer in zip(self.PROMPTS, self.ANSWERS):
+            with answering(small_model, answer):
+                results.append(small_model.predict_forward(video=frames, text=text))
+        return results
+
+    def segment_each(self, model, frames, answering, **options):
+        tokens = [token for answer in self.ANSWERS for token in model.processor.tokenizer(answer).input_ids]
+        with answering(model, tokens):
+            segmentations = model.segment_each(frames, self.PROMPTS, **options)
+        masks = [masks for _, masks in segmentations]
+        return segmentations, [np.stack(of_prompt, axis=1) for of_prompt in zip(*masks)]
+
+    @pytest.mark.parametrize("decoding", ["consistent", "memory"])
+    def test_equals_one_by_one(self, small_model, frames, answering, decoding):
+        segmentations, masks = self.segment_each(small_model, frames, answering, max_objects=1, decoding=decoding)
+        assert segmentations.predictions == list(self.ANSWERS)
+        assert segmentations.num_objects == [1, 2, 0]
+        with answering(small_model, ONE):
+            alone = small_model.predict_forward(video=frames, text=self.PROMPTS[0], decoding=decoding)
+        assert np.array_equal(masks[0], alone["prediction_masks"])  # one object a batch in both
+
+    @pytest.mark.parametrize("max_objects", [None, 1, 2])
+    def test_batches_change_nothing(self, small_model, frames, answering, one_by_one, max_objects):
+        """But roundings: batches of another size may differ in undecided pixels."""
+        _, masks = self.segment_each(small_model, frames, answering, max_objects=max_objects)
+        for ours, alone in zip(masks, one_by_one):
+            expected = np.array(alone["prediction_masks"]).reshape(ours.shape)
+            assert (ours != expected).mean() < 1e-3 if ours.size else True
+        assert masks[2].shape == (0, 12, 60, 80)
+        assert (masks[0][0] != masks[1][0]).mean() > 1e-3  # twin: another prompt's object
+
+    def test_everything_is_seen_once(self, small_model, frames, answering, encoded_frames, monkeypatch):
+        seen = []
+        forward = small_model.vision_model.forward
+
+        def count(pixel_values, **kwargs):
+            seen.append(len(pixel_values))
+            return forward(pixel_values, **kwargs)
+
+        monkeypatch.setattr(small_model.vision_model, "forward", count)
+        self.segment_each(small_model, frames, answering, max_objects=2)
+        assert seen == [5]
+        assert len(encoded_frames) == 12
+
+    def test_probabilities(self, small_model, frames, answering):
+        _, masks = self.segment_each(small_model, frames, answering)
+        _, probabilities = self.segment_each(small_model, frames, answering, probabilities=True)
+        assert probabilities[1].dtype == np.float32
+        assert all(np.array_equal(soft > 0.5, hard) for soft, hard in zip(probabilities, masks))
+
+    def test_no_object_at_all(self, small_model, frames, answering, encoded_frames):
+        with answering(small_model, NONE):
+            segmentations = small_model.segment_each(frames, self.PROMPTS[:1])
+        assert list(segmentations) == []
+        assert encoded_frames == []

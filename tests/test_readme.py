@@ -58,6 +58,7 @@ def test_python(code, folder, monkeypatch):
 def test_command(command, folder, tmp_path, monkeypatch, sam2_config):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(convert_checkpoint, "SAM2_HIERA_LARGE", sam2_config)
+    monkeypatch.setenv("SA2VA_I_CACHE", str(tmp_path / "cache"))
     arguments = shlex.split(command)
     if arguments[1] == "convert":  # its output is another command's input
         arguments[3] = str(tmp_path / "converted")

@@ -91,7 +91,7 @@ def test_absent_objects_have_no_mask_unless_ungated(propagator, video, monkeypat
         tracker = ObjectTracker(propagator, propagator.mask_decoder, gate_masks)
         with torch.no_grad():
             tracker.add_mask_prompt(0, encode(video[0]), LEFT)
-        return list(track_frames(tracker, video[:2], encode))[1][1]
+        return list(track_frames([tracker], video[:2], encode))[1][1]
 
     assert (second_frame(gate_masks=True) == -1024).all()
     assert (second_frame(gate_masks=False) != -1024).all()
@@ -109,7 +109,7 @@ def test_forgetting_is_lossless_up_to_the_horizon(propagator, video, reach, same
 
     with torch.no_grad():
         tracker.add_mask_prompt(0, encode(video[0]), LEFT)
-    logits = torch.stack([logits[:, 0] for _, logits in track_frames(tracker, video, encode)])
+    logits = torch.stack([logits[:, 0] for _, logits in track_frames([tracker], video, encode)])
     assert torch.equal(logits, expected) is same
 
 
@@ -186,7 +186,7 @@ def test_known_features_are_not_encoded_again(propagator, video):
         tracker.add_mask_prompt(0, encode(video[0]), LEFT)
         known = {2: encode(video[2])}
     encoded.clear()
-    logits = [logits for _, logits in track_frames(tracker, video[:4], encode, known)]
+    logits = [logits for _, logits in track_frames([tracker], video[:4], encode, known)]
     assert [frame is video[idx] for frame, idx in zip(encoded, (1, 3), strict=True)] == [True, True]
     assert list(known) == [2]  # the caller's dict is the caller's
     torch.testing.assert_close(torch.stack(logits)[:, :, 0], propagate(propagator, video[:4], {0: LEFT}))
