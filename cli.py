@@ -5,15 +5,18 @@ sa2va-i convert ByteDance/Sa2VA-4B sa2va-i-4b/ --sam2 facebook/sam2-hiera-large
 sa2va-i info sa2va-i-4b/
 """
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from accelerate import PartialState
 from huggingface_hub import HfApi
 from PIL import Image
 from tqdm import tqdm
@@ -110,9 +113,66 @@ def info(model: Annotated[Path, typer.Argument(help="Folder of a checkpoint.")])
         print(f"{name + ':':22}{value}")
 
 
+@app.command()
+def evaluate(
+    dataset: Annotated[
+        str, typer.Argument(help="mevis-valid_u, mevis-valid, mevis-test, ref-youtube-vos, ref-davis17, revos.")
+    ],
+    data_root: Annotated[Path, typer.Option(help="Folder of the data set, in its official layout.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; an unfinished one is resumed.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id; needed to predict.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames the language model sees.")] = 5,
+    max_prompt_frames: Annotated[int | None, typer.Option(help="Initial masks that are propagated (all).")] = None,
+    decoding: Annotated[str, typer.Option(help="consistent (Sa2VA-i) or memory (Sa2VA).")] = "consistent",
+    sampling: Annotated[str, typer.Option(help="uniform (Sa2VA-i) or first (Sa2VA).")] = "uniform",
+    prompt_style: Annotated[
+        str, typer.Option(help="sa2va-i, or sa2va: questions are asked as they stand.")
+    ] = "sa2va-i",
+    max_objects: Annotated[int | None, typer.Option(help="Objects that are propagated as one batch (all).")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that score.")] = 1,
+    worst: Annotated[int, typer.Option(help="Draw overlays of so many expressions of lowest J&F.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cuda, mps, cpu, ... (the accelerator if there is one).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, flash_attention_2, eager.")] = None,
+) -> None:
+    """Predict DATASET and score it, or zip it for its server.
+
+    A run stops and resumes. Several GPUs or nodes share it: `accelerate launch -m sa2va_i.cli evaluate ...`.
+    """
+    missing = [name for name in ("pycocotools", "scipy") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"`sa2va-i evaluate` needs {', '.join(missing)}: pip install 'sa2va-i[eval]'.")
+    from .evaluation.datasets import open_dataset
+    from .evaluation.report import draw_worst, score_run
+    from .evaluation.runner import RunOptions, expressions_left, predict, prepare_run
+    from .evaluation.submission import write_submission
+
+    data = open_dataset(dataset, data_root)
+    state = PartialState(cpu=device == "cpu")
+    if any(expressions_left(out, video) for video in data.videos):
+        if model is None:
+            raise ValueError(f"There are expressions left to predict in {out}: give --model.")
+        options = RunOptions(frames, max_prompt_frames, decoding, sampling, prompt_style)
+        if state.is_main_process:
+            prepare_run(out, model, data, options)
+        state.wait_for_everyone()
+        sa2va = load_model(model, device or state.device, dtype, attn_implementation)
+        predict(data, sa2va, out, options, max_objects, state.process_index, state.num_processes)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    if not data.has_truth:
+        print(f"Submission: {write_submission(data, out)}")
+        return
+    result = score_run(data, out, workers)
+    for picture in draw_worst(data, out, worst) if worst else []:
+        print(picture, file=sys.stderr)
+    print(json.dumps(result["scores"]))
+
+
 def load_model(
     name: str,
-    device: str | None,
+    device: str | torch.device | None,
     dtype: str,
     attn_implementation: str | None = None,
     sam2: str | None = None,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import small_model as builder
+from fake_datasets import MAKERS
 from sa2va_i import cli, convert_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ def folder(tmp_path_factory, video_file, frames, sources, converted) -> Path:
     auto_map = str(convert_checkpoint.AUTO_MAP).replace("'", '"')
     (folder / "sa2va-i-4b" / "config.json").write_text(config.replace("{", f'{{"auto_map": {auto_map},', 1))
     shutil.copy(video_file, folder / "dog.mp4")
+    MAKERS["mevis-valid_u"](folder / "data" / "mevis")
     frames[0].save(folder / "photo.jpg")
     shutil.copytree(sources / "sa2va", folder / "Sa2VA-4B")
     shutil.copytree(sources / "sa2va_i", folder / "Sa2VA-i-1B")
@@ -70,7 +72,7 @@ def test_command(command, folder, tmp_path, monkeypatch, sam2_config):
 
 def test_there_is_something_to_test():
     assert len(PYTHON) == 1
-    assert {shlex.split(command)[1] for command in COMMANDS} == {"segment", "convert", "info"}
+    assert {shlex.split(command)[1] for command in COMMANDS} == {"segment", "convert", "evaluate", "info"}
 
 
 def test_files_of_the_map_exist():
