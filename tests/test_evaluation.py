@@ -423,11 +423,11 @@ class TestProcesses:
             cli.main()
             """
         )
-        run = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        run = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while run.poll() is None and not list(folder.glob("predictions/*/.*.partial/*.png")):
             time.sleep(0.02)
         os.kill(run.pid, signal.SIGKILL)
-        run.communicate()
+        run.wait()
         dataset = MeViS(tmp_path / "data", "valid_u")
         left = sum(len(expressions_left(folder, video)) for video in dataset.videos)
         assert left > 0
