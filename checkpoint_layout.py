@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, Sam2VideoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from .configuration_sa2va_i import Sa2VAiConfig
 
@@ -164,7 +164,7 @@ def convert_config(source: Mapping[str, Any], sam2_config: Mapping[str, Any]) ->
     return Sa2VAiConfig(
         vision_config=_vision_config(source["vision_config"]),
         llm_config=_llm_config(source["llm_config"]),
-        sam2_config=Sam2VideoConfig(**sam2_config),
+        sam2_config=dict(sam2_config),
         downsample_ratio=source["downsample_ratio"],
         template=source["template"],
         min_dynamic_patch=source["min_dynamic_patch"],

@@ -2,7 +2,13 @@
 
 import copy
 
-from transformers import AutoConfig, InternVLVisionConfig, PretrainedConfig, Sam2VideoConfig
+from transformers import (
+    AutoConfig,
+    InternVLVisionConfig,
+    PretrainedConfig,
+    Sam2VideoConfig,
+    Sam2VideoMaskDecoderConfig,
+)
 
 DECODINGS = ("consistent", "memory")
 SAMPLINGS = ("uniform", "first")
@@ -101,6 +107,9 @@ def _sub_config(config: dict | PretrainedConfig | None, model_type: str) -> Pret
         raise ValueError(
             "This is the config of a published Sa2VA checkpoint, to be converted first: `sa2va-i convert SOURCE OUT`."
         )
+    if isinstance(fields.get("mask_decoder_config"), dict):
+        # transformers 5.17 takes this dict for a prompt encoder's; 5.23 does not
+        fields["mask_decoder_config"] = Sam2VideoMaskDecoderConfig(**fields["mask_decoder_config"])
     return AutoConfig.for_model(fields.pop("model_type", model_type), **fields)
 
 

@@ -306,7 +306,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         image: Image.Image | str | Path | np.ndarray | None = None,
         video: Video | Sequence | str | Path | np.ndarray | None = None,
         text: str | None = None,
-        past_text: str = "",
+        past_text: str | None = "",
         mask_prompts: Sequence | np.ndarray | Tensor | None = None,
         tokenizer: PreTrainedTokenizerBase | Sa2VAiProcessor | None = None,
         processor: Sa2VAiProcessor | None = None,
@@ -350,20 +350,17 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             raise ValueError("`mask_prompts` go with an `image`, and only with one.")
         options = self._decoding_options(sample_num_frames, sampling, decoding, max_prompt_frames)
         processor = self._resolve_processor(processor if processor is not None else tokenizer)
-        if video is not None:
-            segmentation = self._segment_video(
-                processor, open_video(video), text, past_text, sample_idx, options, return_drafts_only, max_new_tokens
-            )
-            masks = [masks for _, masks in segmentation]
-            return {
-                "prediction": segmentation.prediction,
-                "prediction_masks": list(np.stack(masks, axis=1)) if masks else [],
-                "past_text": segmentation.past_text,
-                "sample_idx": segmentation.sample_idx,
-            }
-        if image is not None:
-            return self._predict_image(processor, load_image(image), text, past_text, mask_prompts, max_new_tokens)
-        return self._predict_text(processor, text, past_text, max_new_tokens)
+        past_text = past_text or ""
+        # callers wrap the original in autocast; the model has a dtype of its own, and mixing two is an error
+        with torch.autocast(self.device.type, enabled=False):
+            if video is not None:
+                video = open_video(video)
+                return self._predict_video(
+                    processor, video, text, past_text, sample_idx, options, return_drafts_only, max_new_tokens
+                )
+            if image is not None:
+                return self._predict_image(processor, load_image(image), text, past_text, mask_prompts, max_new_tokens)
+            return self._predict_text(processor, text, past_text, max_new_tokens)
 
     def segment(
         self,
@@ -479,6 +476,28 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         else:
             masks = self._video_masks(processor, video, frames, sample_idx, [answer.seg_embeddings], options)
         return VideoSegmentation(answer, sample_idx, video.num_frames, masks)
+
+    def _predict_video(
+        self,
+        processor: Sa2VAiProcessor,
+        video: Video,
+        text: str,
+        past_text: str,
+        sample_idx: Sequence[int] | None,
+        options: DecodingOptions,
+        drafts_only: bool,
+        max_new_tokens: int | None,
+    ) -> dict[str, Any]:
+        segmentation = self._segment_video(
+            processor, video, text, past_text, sample_idx, options, drafts_only, max_new_tokens
+        )
+        masks = [masks for _, masks in segmentation]
+        return {
+            "prediction": segmentation.prediction,
+            "prediction_masks": list(np.stack(masks, axis=1)) if masks else [],
+            "past_text": segmentation.past_text,
+            "sample_idx": segmentation.sample_idx,
+        }
 
     def _predict_image(
         self,

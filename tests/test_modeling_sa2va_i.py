@@ -139,6 +139,14 @@ class TestPredictVideo:
         with answering(small_model, NONE):
             assert small_model.predict_forward(video=frames, text=TEXT)["sample_idx"] == [0, 1, 2]
 
+    def test_autocast_around_the_call_changes_nothing(self, small_model, frames, answering):
+        """ComfyUI's nodes call the original like this."""
+        with answering(small_model, ONE):
+            plain = small_model.predict_forward(video=frames, text=TEXT)
+        with answering(small_model, ONE), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            under_autocast = small_model.predict_forward(video=frames, text=TEXT, past_text=None)
+        assert np.array_equal(plain["prediction_masks"], under_autocast["prediction_masks"])
+
     def test_arguments_are_not_modified(self, small_model, frames, answering):
         array, sample_idx = np.stack(frames), [4, 1]
         before = array.copy()
