@@ -69,19 +69,39 @@ class Answer:
 
 
 @dataclass
-class DecodingOptions:
-    """How one call samples and decodes; see `Sa2VAiConfig`."""
+class CallOptions:
+    """What one call asks for; see `Sa2VAiConfig` and `Sa2VAiModel.predict_forward`."""
 
     sample_num_frames: int
     sampling: str
     decoding: str
     max_prompt_frames: int | None
+    sample_idx: Sequence[int] | None = None  # the caller's own
+    max_new_tokens: int | None = None
+    drafts_only: bool = False
 
     def __post_init__(self):
         check_decoding_options(self.sample_num_frames, self.sampling, self.decoding, self.max_prompt_frames)
 
-    def sample_idx(self, video: Video) -> list[int]:
-        return SAMPLERS[self.sampling](video.num_frames, self.sample_num_frames)
+
+@dataclass
+class SampledVideo:
+    """A video with its sampled frames: their indices, increasing, and the frames themselves."""
+
+    video: Video
+    indices: list[int]
+    frames: list[Image.Image]
+
+    @classmethod
+    def sample(cls, video: Video, options: CallOptions) -> "SampledVideo":
+        if options.sample_idx is None:
+            indices = SAMPLERS[options.sampling](video.num_frames, options.sample_num_frames)
+        else:
+            indices = check_sample_idx(options.sample_idx, video.num_frames)
+        return cls(video, indices, video.frames_at(indices))
+
+    def __iter__(self) -> Iterator[tuple[int, Image.Image]]:
+        return iter(zip(self.indices, self.frames, strict=True))
 
 
 class VideoSegmentation(Iterator):
@@ -96,12 +116,12 @@ class VideoSegmentation(Iterator):
     num_objects, num_frames (`int`): K, and the length of the video.
     """
 
-    def __init__(self, answer: Answer, sample_idx: list[int], num_frames: int, masks: Iterator[tuple[int, np.ndarray]]):
+    def __init__(self, answer: Answer, sampled: SampledVideo, masks: Iterator[tuple[int, np.ndarray]]):
         self.prediction = answer.prediction
         self.past_text = answer.past_text
-        self.sample_idx = sample_idx
+        self.sample_idx = sampled.indices
         self.num_objects = len(answer.seg_embeddings)
-        self.num_frames = num_frames
+        self.num_frames = sampled.video.num_frames
         self._masks = masks
 
     def __next__(self) -> tuple[int, np.ndarray]:
@@ -119,11 +139,11 @@ class VideoSegmentations(Iterator):
     sample_idx (`list[int]`), num_frames (`int`): as in `VideoSegmentation`.
     """
 
-    def __init__(self, answers: list[Answer], sample_idx: list[int], num_frames: int, masks: Iterator):
+    def __init__(self, answers: list[Answer], sampled: SampledVideo, masks: Iterator[tuple[int, np.ndarray]]):
         self.predictions = [answer.prediction for answer in answers]
         self.num_objects = [len(answer.seg_embeddings) for answer in answers]
-        self.sample_idx = sample_idx
-        self.num_frames = num_frames
+        self.sample_idx = sampled.indices
+        self.num_frames = sampled.video.num_frames
         self._masks = masks
 
     def __next__(self) -> tuple[int, list[np.ndarray]]:
@@ -348,19 +368,24 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             raise ValueError("Give an `image` or a `video`, not both.")
         if mask_prompts is not None and image is None:
             raise ValueError("`mask_prompts` go with an `image`, and only with one.")
-        options = self._decoding_options(sample_num_frames, sampling, decoding, max_prompt_frames)
+        options = self._options(
+            sample_num_frames=sample_num_frames,
+            sampling=sampling,
+            decoding=decoding,
+            max_prompt_frames=max_prompt_frames,
+            sample_idx=sample_idx,
+            max_new_tokens=max_new_tokens,
+            drafts_only=return_drafts_only,
+        )
         processor = self._resolve_processor(processor if processor is not None else tokenizer)
         past_text = past_text or ""
         # callers wrap the original in autocast; the model has a dtype of its own, and mixing two is an error
         with torch.autocast(self.device.type, enabled=False):
             if video is not None:
-                video = open_video(video)
-                return self._predict_video(
-                    processor, video, text, past_text, sample_idx, options, return_drafts_only, max_new_tokens
-                )
+                return self._predict_video(processor, open_video(video), text, past_text, options)
             if image is not None:
-                return self._predict_image(processor, load_image(image), text, past_text, mask_prompts, max_new_tokens)
-            return self._predict_text(processor, text, past_text, max_new_tokens)
+                return self._predict_image(processor, load_image(image), text, past_text, mask_prompts, options)
+            return self._predict_text(processor, text, past_text, options)
 
     def segment(
         self,
@@ -391,18 +416,16 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError, FileNotFoundError: as `predict_forward`, at the call.
         """
-        options = self._decoding_options(sample_num_frames, sampling, decoding, max_prompt_frames)
-        processor = self._resolve_processor(processor)
-        return self._segment_video(
-            processor,
-            open_video(video),
-            segmentation_request(text),
-            past_text,
-            sample_idx,
-            options,
-            drafts_only=False,
+        options = self._options(
+            sample_num_frames=sample_num_frames,
+            sampling=sampling,
+            decoding=decoding,
+            max_prompt_frames=max_prompt_frames,
+            sample_idx=sample_idx,
             max_new_tokens=max_new_tokens,
         )
+        processor = self._resolve_processor(processor)
+        return self._segment_video(processor, open_video(video), segmentation_request(text), past_text, options)
 
     @torch.no_grad()
     def segment_each(
@@ -429,68 +452,50 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             probabilities: yield float32 probabilities in 0..1 in the place of bool masks.
             others: as in `predict_forward`.
         """
-        options = self._decoding_options(sample_num_frames, sampling, decoding, max_prompt_frames)
+        options = self._options(
+            sample_num_frames=sample_num_frames,
+            sampling=sampling,
+            decoding=decoding,
+            max_prompt_frames=max_prompt_frames,
+            max_new_tokens=max_new_tokens,
+        )
         processor = self._resolve_processor(processor)
-        video = open_video(video)
-        sample_idx = options.sample_idx(video)
-        frames = video.frames_at(sample_idx)
+        sampled = SampledVideo.sample(open_video(video), options)
         image_features, answers = None, []
         for text in texts:
             prompt = processor.prompt_text(text, has_media=True)
-            inputs = processor(prompt, frames=frames)
+            inputs = processor(prompt, frames=sampled.frames)
             if image_features is None:
                 image_features = self.get_image_features(inputs["pixel_values"])
-            answers.append(self._answer(processor, prompt, inputs, max_new_tokens, image_features))
+            answers.append(self._answer(processor, prompt, inputs, options, image_features))
         seg_embeddings = torch.cat([answer.seg_embeddings for answer in answers])
-        masks: Iterator = iter(())
+        masks: Iterator[tuple[int, np.ndarray]] = iter(())
         if len(seg_embeddings):
             groups = seg_embeddings.split(max_objects or len(seg_embeddings))
-            masks = self._video_masks(processor, video, frames, sample_idx, groups, options, probabilities)
-        return VideoSegmentations(answers, sample_idx, video.num_frames, masks)
+            masks = self._video_masks(processor, sampled, groups, options, probabilities)
+        return VideoSegmentations(answers, sampled, masks)
 
     # One function per mode
 
     @torch.no_grad()
     def _segment_video(
-        self,
-        processor: Sa2VAiProcessor,
-        video: Video,
-        text: str,
-        past_text: str,
-        sample_idx: Sequence[int] | None,
-        options: DecodingOptions,
-        drafts_only: bool,
-        max_new_tokens: int | None,
+        self, processor: Sa2VAiProcessor, video: Video, text: str, past_text: str, options: CallOptions
     ) -> VideoSegmentation:
-        if sample_idx is None:
-            sample_idx = options.sample_idx(video)
-        else:
-            sample_idx = check_sample_idx(sample_idx, video.num_frames)
-        frames = video.frames_at(sample_idx)
+        sampled = SampledVideo.sample(video, options)
         prompt = processor.prompt_text(text, past_text, has_media=True)
-        answer = self._answer(processor, prompt, processor(prompt, frames=frames), max_new_tokens)
+        answer = self._answer(processor, prompt, processor(prompt, frames=sampled.frames), options)
         if len(answer.seg_embeddings) == 0:
             masks = iter(())
-        elif drafts_only:
-            masks = self._draft_masks(processor, video, frames, sample_idx, answer.seg_embeddings, options)
+        elif options.drafts_only:
+            masks = self._draft_masks(processor, sampled, answer.seg_embeddings, options)
         else:
-            masks = self._video_masks(processor, video, frames, sample_idx, [answer.seg_embeddings], options)
-        return VideoSegmentation(answer, sample_idx, video.num_frames, masks)
+            masks = self._video_masks(processor, sampled, [answer.seg_embeddings], options)
+        return VideoSegmentation(answer, sampled, masks)
 
     def _predict_video(
-        self,
-        processor: Sa2VAiProcessor,
-        video: Video,
-        text: str,
-        past_text: str,
-        sample_idx: Sequence[int] | None,
-        options: DecodingOptions,
-        drafts_only: bool,
-        max_new_tokens: int | None,
+        self, processor: Sa2VAiProcessor, video: Video, text: str, past_text: str, options: CallOptions
     ) -> dict[str, Any]:
-        segmentation = self._segment_video(
-            processor, video, text, past_text, sample_idx, options, drafts_only, max_new_tokens
-        )
+        segmentation = self._segment_video(processor, video, text, past_text, options)
         masks = [masks for _, masks in segmentation]
         return {
             "prediction": segmentation.prediction,
@@ -506,26 +511,25 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         text: str,
         past_text: str,
         mask_prompts: Sequence | np.ndarray | Tensor | None,
-        max_new_tokens: int | None,
+        options: CallOptions,
     ) -> dict[str, Any]:
         original_size = image.size[::-1]
         if mask_prompts is not None:
             mask_prompts = check_mask_prompts(mask_prompts, original_size)
         prompt = processor.prompt_text(text, past_text, has_media=True)
         inputs = processor(prompt, image=image, mask_prompts=mask_prompts)
-        answer = self._answer(processor, prompt, inputs, max_new_tokens)
+        answer = self._answer(processor, prompt, inputs, options)
         masks = []
         if len(answer.seg_embeddings):
-            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([image]))
-            decoded = self._decode_initial(pyramid, answer.seg_embeddings)
+            decoded = self._decode_initial(self._encode(processor, image), answer.seg_embeddings)
             masks = list(_to_array(self.propagator.masks_at(decoded.logits, original_size))[:, None])
         return {"prediction": answer.prediction, "prediction_masks": masks, "past_text": answer.past_text}
 
     def _predict_text(
-        self, processor: Sa2VAiProcessor, text: str, past_text: str, max_new_tokens: int | None
+        self, processor: Sa2VAiProcessor, text: str, past_text: str, options: CallOptions
     ) -> dict[str, Any]:
         prompt = processor.prompt_text(text, past_text)
-        answer = self._answer(processor, prompt, processor(prompt), max_new_tokens)
+        answer = self._answer(processor, prompt, processor(prompt), options)
         return {"prediction": answer.prediction, "prediction_masks": [], "past_text": answer.past_text}
 
     # From the answer to the masks
@@ -535,10 +539,10 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         processor: Sa2VAiProcessor,
         prompt: str,
         inputs: BatchFeature,
-        max_new_tokens: int | None,
+        options: CallOptions,
         image_features: Tensor | None = None,
     ) -> Answer:
-        limits = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        limits = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
         with last_states(self.get_decoder().norm) as states:
             token_ids = self.generate(
                 **inputs,
@@ -552,6 +556,10 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         seg_embeddings = self.text_hidden_fcs(seg_states.to(self.text_hidden_fcs[0].weight.device))
         return Answer(prediction, processor.past_text(prompt, prediction), seg_embeddings)
 
+    def _encode(self, processor: Sa2VAiProcessor, frame: Image.Image) -> tuple[Tensor, ...]:
+        """SAM 2's feature pyramid of one frame."""
+        return self.propagator.encode_images(processor.sam2_pixel_values([frame]))
+
     def _decode_initial(self, pyramid: Sequence[Tensor], seg_embeddings: Tensor) -> DecodedMasks:
         """Masks from `[SEG]` of one sampled frame, given as its feature pyramid."""
         features = self.propagator.features_for(self.grounding_encoder, pyramid)
@@ -559,32 +567,24 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _draft_masks(
-        self,
-        processor: Sa2VAiProcessor,
-        video: Video,
-        frames: Sequence[Image.Image],
-        sample_idx: Sequence[int],
-        seg_embeddings: Tensor,
-        options: DecodingOptions,
+        self, processor: Sa2VAiProcessor, sampled: SampledVideo, seg_embeddings: Tensor, options: CallOptions
     ) -> Iterator[tuple[int, np.ndarray]]:
-        for frame_idx, frame in zip(sample_idx, frames, strict=True):
-            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
-            decoded = self._decode_initial(pyramid, seg_embeddings)
+        original_size = sampled.video.original_size
+        for frame_idx, frame in sampled:
+            decoded = self._decode_initial(self._encode(processor, frame), seg_embeddings)
             if options.decoding == "memory":
-                masks = self.propagator.masks_at(decoded.logits, video.original_size)
+                masks = self.propagator.masks_at(decoded.logits, original_size)
             else:
-                masks = initial_masks(decoded, video.original_size)
+                masks = initial_masks(decoded, original_size)
             yield frame_idx, _to_array(masks)
 
     @torch.no_grad()
     def _video_masks(
         self,
         processor: Sa2VAiProcessor,
-        video: Video,
-        frames: Sequence[Image.Image],
-        sample_idx: Sequence[int],
+        sampled: SampledVideo,
         seg_groups: Sequence[Tensor],
-        options: DecodingOptions,
+        options: CallOptions,
         probabilities: bool = False,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Every frame is encoded once: the sampled ones here, the others as they are tracked.
@@ -593,11 +593,12 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         """
         consistent = options.decoding == "consistent"
         decoder = self.propagator.mask_decoder if consistent else self.grounding_encoder
+        original_size = sampled.video.original_size
         trackers = [ObjectTracker(self.propagator, decoder, gate_masks=consistent) for _ in seg_groups]
-        prompt_idx = set(sample_idx[: options.max_prompt_frames])
+        prompt_idx = set(sampled.indices[: options.max_prompt_frames])
         features_to_come = {}
-        for frame_idx, frame in zip(sample_idx, frames, strict=True):
-            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
+        for frame_idx, frame in sampled:
+            pyramid = self._encode(processor, frame)
             features = self.propagator.features_for(decoder, pyramid)
             if frame_idx not in prompt_idx:
                 features_to_come[frame_idx] = features
@@ -605,30 +606,25 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             for tracker, seg_embeddings in zip(trackers, seg_groups, strict=True):
                 decoded = self._decode_initial(pyramid, seg_embeddings)
                 if consistent:
-                    tracker.add_mask_prompt(frame_idx, features, initial_masks(decoded, video.original_size))
+                    tracker.add_mask_prompt(frame_idx, features, initial_masks(decoded, original_size))
                 else:
                     tracker.add_seg_prompt(frame_idx, features, decoded)
 
         def encode(frame: Image.Image) -> FrameFeatures:
-            pyramid = self.propagator.encode_images(processor.sam2_pixel_values([frame]))
-            return self.propagator.features_for(decoder, pyramid)
+            return self.propagator.features_for(decoder, self._encode(processor, frame))
 
-        for frame_idx, logits in track_frames(trackers, video, encode, features_to_come):
-            logits = self.propagator.full_size_logits(logits, video.original_size)
+        for frame_idx, logits in track_frames(trackers, sampled.video, encode, features_to_come):
+            logits = self.propagator.full_size_logits(logits, original_size)
             yield frame_idx, _to_array(logits.sigmoid() if probabilities else logits > 0)
 
     # Defaults
 
-    def _decoding_options(
-        self, sample_num_frames: int | None, sampling: str | None, decoding: str | None, max_prompt_frames: int | None
-    ) -> DecodingOptions:
-        config = self.config
-        return DecodingOptions(
-            config.sample_num_frames if sample_num_frames is None else sample_num_frames,
-            config.sampling if sampling is None else sampling,
-            config.decoding if decoding is None else decoding,
-            config.max_prompt_frames if max_prompt_frames is None else max_prompt_frames,
-        )
+    def _options(self, **given) -> CallOptions:
+        """What is given, and the config's value for a setting of decoding that is None."""
+        for name in ("sample_num_frames", "sampling", "decoding", "max_prompt_frames"):
+            if given[name] is None:
+                given[name] = getattr(self.config, name)
+        return CallOptions(**given)
 
     def _resolve_processor(self, given: Sa2VAiProcessor | PreTrainedTokenizerBase | None) -> Sa2VAiProcessor:
         """`given` as a processor; anything with a `.tokenizer` is one (a Hub copy of this file has its own class)."""

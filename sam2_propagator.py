@@ -377,9 +377,9 @@ def track_frames(
         trackers: with their prompts, on the same frames and with the same decoder.
         frames: the whole video.
         encode: called once for each frame that neither prompts nor stands in `known_features`.
-        known_features: features of frames encoded before; each is dropped once its frame has passed.
+        known_features: features of frames encoded before; taken out of the dict as their frames pass.
     """
-    known_features = dict(known_features or {})
+    known_features = {} if known_features is None else known_features
     for frame_idx, frame in enumerate(frames):
         if trackers[0].is_prompt_frame(frame_idx):
             yield frame_idx, torch.cat([tracker.prompt_logits(frame_idx) for tracker in trackers])
