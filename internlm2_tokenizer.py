@@ -36,7 +36,8 @@ def convert_internlm2_tokenizer(source: Path, out: Path) -> None:
     sentencepiece = SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
     config = read_json(source / "tokenizer_config.json")
     added = {int(token_id): AddedToken(**fields) for token_id, fields in config["added_tokens_decoder"].items()}
-    tokenizer = build_tokenizer(sentencepiece, added, bos_token=config["bos_token"])
+    bos_token = config["bos_token"] if config.get("add_bos_token", True) else None
+    tokenizer = build_tokenizer(sentencepiece, added, bos_token)
     check_same_ids(tokenizer, sentencepiece)
     tokenizer.save(str(out / "tokenizer.json"))
     kept = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens", "model_max_length")
@@ -52,12 +53,14 @@ def convert_internlm2_tokenizer(source: Path, out: Path) -> None:
     )
 
 
-def build_tokenizer(sentencepiece: SentencePieceProcessor, added: dict[int, AddedToken], bos_token: str) -> Tokenizer:
+def build_tokenizer(
+    sentencepiece: SentencePieceProcessor, added: dict[int, AddedToken], bos_token: str | None
+) -> Tokenizer:
     """The tokenizer of a sentencepiece BPE model and of tokens added to it by id.
 
     Args:
         added: a token within the vocabulary takes the place of the piece there (`[UNUSED_TOKEN_n]`).
-        bos_token: put before every text.
+        bos_token: put before every text; None for nothing.
     """
     pieces = [sentencepiece.id_to_piece(piece_id) for piece_id in range(sentencepiece.get_piece_size())]
     scores = [sentencepiece.get_score(piece_id) for piece_id in range(len(pieces))]
@@ -91,9 +94,10 @@ def build_tokenizer(sentencepiece: SentencePieceProcessor, added: dict[int, Adde
         tokenizer.normalizer = spaces
     tokenizer.decoder = decoders.Sequence(decoding)
     tokenizer.add_tokens([token for _, token in sorted(added.items())])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos_token} $A", special_tokens=[(bos_token, vocabulary[bos_token])]
-    )
+    if bos_token is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos_token} $A", special_tokens=[(bos_token, vocabulary[bos_token])]
+        )
     return tokenizer
 
 

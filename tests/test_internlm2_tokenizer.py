@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
@@ -104,6 +105,16 @@ def test_decoding_gives_the_text_back(tokenizer, text):
     decoded = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids, skip_special_tokens=False)
     assert decoded.replace(" ", "") == text.replace(" ", "")
     assert decoded.count("[SEG]") == text.count("[SEG]")
+
+
+def test_without_a_bos_token(source, tmp_path):
+    """Phi3's sentencepiece is of the same kind, and may put nothing in front."""
+    shutil.copy(source / "tokenizer.model", tmp_path)
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    convert_internlm2_tokenizer(tmp_path, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, config=Sa2VAiConfig())
+    assert tokenizer("It is [SEG].").input_ids == published_ids(source, "It is [SEG].")[1:]
 
 
 def test_the_processor_takes_it(tokenizer):
