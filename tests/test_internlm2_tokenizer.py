@@ -7,6 +7,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
 from sa2va_i import Sa2VAiConfig, Sa2VAiProcessor
+from sa2va_i.convert_checkpoint import write_configs
 from sa2va_i.internlm2_tokenizer import PROBES, convert_internlm2_tokenizer
 
 UNUSED = [f"[UNUSED_TOKEN_{number}]" for number in range(4)]
@@ -120,6 +121,16 @@ def test_without_a_bos_token(source, tmp_path):
 def test_the_processor_takes_it(tokenizer):
     processor = Sa2VAiProcessor(tokenizer, template="internlm2_chat")
     assert tokenizer.convert_ids_to_tokens(processor.stop_token_ids) == ["</s>", "<|im_end|>"]
+
+
+def test_a_conversion_writes_it(source, tmp_path):
+    """Beside the configs, which then name its ids; the class in the source is not run."""
+    config = Sa2VAiConfig(template="internlm2_chat")
+    write_configs(tmp_path, source, config)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert tokenizer("It is [SEG].").input_ids == published_ids(source, "It is [SEG].")
+    assert config.seg_token_id == tokenizer.convert_tokens_to_ids("[SEG]")
+    assert not (tmp_path / "tokenizer.model").exists()
 
 
 def test_a_model_that_cannot_be_converted(tmp_path):
