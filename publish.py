@@ -10,10 +10,10 @@ from .files import read_json
 
 CARDS = Path(__file__).parent / "hub_cards"
 LARGE = 5_000_000_000  # bytes from which an upload is split and can be resumed
-DATASETS = {
-    "MeViS": "FudanCVL/MeViS",
-    "Ref-YT-VOS": "ref-youtube-vos",
-    "Ref-DAVIS17": "ref-davis17",
+DATASETS = {  # of the paper: its name and its type on the Hub
+    "mevis-valid": ("MeViS", "FudanCVL/MeViS"),
+    "ref-youtube-vos": ("Ref-YT-VOS", "ref-youtube-vos"),
+    "ref-davis17": ("Ref-DAVIS17", "ref-davis17"),
 }
 
 
@@ -26,7 +26,9 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
     """
     config = Sa2VAiConfig.from_pretrained(folder)
     source = read_json(folder / "conversion.json")["source"]
-    numbers, model = _known(config)
+    licenses, model = _known(config)
+    paper = read_paper()
+    scores = paper["J&F"].get(model["name"], {})
     license_name = model["language_model"]["license"]
     is_free = license_name in ("apache-2.0", "mit")
     data = ModelCardData(
@@ -38,8 +40,7 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
         pipeline_tag="image-text-to-text",
         tags=["sa2va", "sa2va-i", "video", "segmentation", "referring-video-object-segmentation", "custom_code"],
         language=["multilingual"],
-        eval_results=[_result(dataset, score, numbers["numbers"]) for dataset, score in model["scores"].items()]
-        or None,
+        eval_results=[_result(dataset, score, paper) for dataset, score in scores.items()] or None,
     )
     return ModelCard.from_template(
         data,
@@ -48,10 +49,10 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
         repo_id=repo_id,
         # a folder on someone's disk says nothing to a reader
         source=source if source.count("/") == 1 and not Path(source).exists() else model["base_model"],
-        scores=model["scores"],
-        numbers_source=numbers["numbers"]["source"],
+        scores={DATASETS[dataset][0]: score for dataset, score in scores.items()},
+        numbers_source=paper["source"],
         language_model=model["language_model"]["name"],
-        language_model_license=numbers["licenses"].get(license_name, "see its own page"),
+        language_model_license=licenses.get(license_name, "see its own page"),
         vision_size="6B" if config.vision_config.hidden_size == 3200 else "300M",
         sample_num_frames=config.sample_num_frames,
     )
@@ -73,8 +74,13 @@ def push_to_hub(folder: Path, repo_id: str, private: bool = False, api: HfApi | 
     return str(url)
 
 
-def _known(config: Sa2VAiConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The facts of `hub_cards/models.json`, and the model among them that has this config's language model."""
+def read_paper() -> dict[str, Any]:
+    """The `J&F` that the authors give, by model and data set, with their `source` and a `note` on them."""
+    return read_json(CARDS / "paper.json")
+
+
+def _known(config: Sa2VAiConfig) -> tuple[dict[str, str], dict[str, Any]]:
+    """The licenses of `hub_cards/models.json`, and the model among them that has this config's language model."""
     facts = read_json(CARDS / "models.json")
     llm = config.llm_config
     for model in facts["models"]:
@@ -84,21 +90,22 @@ def _known(config: Sa2VAiConfig) -> tuple[dict[str, Any], dict[str, Any]]:
             known["hidden_size"],
             known["layers"],
         ):
-            return facts, model
+            return facts["licenses"], model
     other = {"name": llm.model_type, "license": "other"}
-    return facts, {"name": "Sa2VA-i", "base_model": None, "language_model": other, "scores": {}}
+    return facts["licenses"], {"name": "Sa2VA-i", "base_model": None, "language_model": other}
 
 
-def _result(dataset: str, score: float, numbers: dict[str, str]) -> EvalResult:
+def _result(dataset: str, score: float, paper: dict[str, Any]) -> EvalResult:
+    name, kind = DATASETS[dataset]
     return EvalResult(
         task_type="video-object-segmentation",
         task_name="Referring video object segmentation",
-        dataset_type=DATASETS[dataset],
-        dataset_name=dataset,
+        dataset_type=kind,
+        dataset_name=name,
         metric_type="j_and_f",
         metric_name="J&F",
         metric_value=score,
         verified=False,
-        source_name=numbers["note"],
-        source_url=numbers["source"],
+        source_name=paper["note"],
+        source_url=paper["source"],
     )

@@ -1,6 +1,7 @@
 """From predictions to scores, tables and pictures of the worst."""
 
 import csv
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +16,12 @@ from tqdm import tqdm
 
 from ..files import read_json, write_json
 from ..overlay import draw_overlay
+from ..publish import read_paper
 from .datasets import Expression, RefDAVIS17, ReferredVideo, ReferringDataset, ReVOS
 from .metrics import boundary_accuracy, region_similarity, robustness
 from .runner import expressions_left, read_masks, read_probabilities
 
-PAPER = Path(__file__).with_name("paper.json")
 BACKGROUND = 0.1  # what a probability must beat to be an object in Ref-DAVIS17's label maps
-PROTOCOLS = ("expressions", "davis-annotators")
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,15 @@ def report(content: dict[str, Any]) -> str:
         lines += [f"| {name} | {value:.1f} |" for name, value in means.items()]
         lines.append("")
     if published is not None:
-        lines += [
-            f"The authors give J&F {published} for {Path(content['model']).name} ({read_json(PAPER)['source']}).",
-            "",
-        ]
+        name, source = Path(content["model"]).name, read_paper()["source"]
+        lines += [f"The authors give J&F {published} for {name} ({source}, beside arXiv:2509.19082).", ""]
     return "\n".join(lines)
 
 
 def paper_score(model: str, dataset: str) -> float | None:
     """J&F that the authors give, if they do, by the model's name."""
     wanted = Path(model).name.lower()
-    for name, scores in read_json(PAPER)["J&F"].items():
+    for name, scores in read_paper()["J&F"].items():
         if name.lower() == wanted:
             return scores.get(dataset)
     return None
@@ -151,12 +149,13 @@ _FIELDS = {"J": "j", "F": "f", "J&F": "jf"}
 
 
 def _map(score: Callable[[ReferredVideo], list[Score]], videos: list[ReferredVideo], num_workers: int) -> list[Score]:
-    """`score` of every video, in order, on several processes."""
+    """`score` of every video, in order, on several processes; each chunk of videos carries the data set once."""
     with tqdm(total=len(videos), unit="video", desc="score") as bar:
         if num_workers <= 1:
             return list(_flat(map(score, videos), bar))
+        chunk = math.ceil(len(videos) / (8 * num_workers))
         with ProcessPoolExecutor(num_workers) as pool:
-            return list(_flat(pool.map(score, videos), bar))
+            return list(_flat(pool.map(score, videos, chunksize=chunk), bar))
 
 
 def _flat(results: Iterator[list[Score]], bar: tqdm) -> Iterator[Score]:
@@ -178,8 +177,7 @@ def _score_expression(
         video.name,
         expression.id,
         expression.split,
-        float(region_similarity(truth, prediction).mean()),
-        float(boundary_accuracy(truth, prediction).mean()),
+        *_j_and_f(truth, prediction),
         None if foreground is None else float(robustness(truth, prediction, foreground).mean()),
     )
 
@@ -193,17 +191,13 @@ def _score_annotators(dataset: RefDAVIS17, folder: Path, video: ReferredVideo) -
         labels = label_maps(np.stack([read_probabilities(folder, video, one) for one in expressions]))
         for label, expression in enumerate(expressions, start=1):
             of_object = truth == int(expression.targets[0])
-            predicted = labels == label
-            scores.append(
-                Score(
-                    video.name,
-                    expression.id,
-                    "",
-                    float(region_similarity(of_object, predicted).mean()),
-                    float(boundary_accuracy(of_object, predicted).mean()),
-                )
-            )
+            scores.append(Score(video.name, expression.id, "", *_j_and_f(of_object, labels == label)))
     return scores
+
+
+def _j_and_f(truth: np.ndarray, prediction: np.ndarray) -> tuple[float, float]:
+    """Means over frames."""
+    return float(region_similarity(truth, prediction).mean()), float(boundary_accuracy(truth, prediction).mean())
 
 
 def label_maps(probabilities: np.ndarray) -> np.ndarray:

@@ -23,8 +23,6 @@ from ..files import read_json, staged_folder, write_json
 from ..modeling_sa2va_i import Sa2VAiModel
 from .datasets import Expression, RefDAVIS17, ReferredVideo, ReferringDataset, frame_size
 
-PROMPT_STYLES = ("sa2va-i", "sa2va")
-
 
 @dataclass(frozen=True)
 class RunOptions:
