@@ -163,10 +163,15 @@ def convert_checkpoint(
 # Sources
 
 
+def is_hub_id(name: str | Path) -> bool:
+    """Whether `name` is written like `owner/name` and nothing on this disk is called so."""
+    return not Path(name).exists() and HUB_ID.match(str(name)) is not None
+
+
 def resolve_source(source: str | Path, hub: Hub) -> Path:
     """The local folder of a checkpoint: itself, or the download of a Hub id."""
     folder = Path(source)
-    if not folder.exists() and HUB_ID.match(str(source)):
+    if is_hub_id(source):
         folder = hub.download(str(source), SOURCE_PATTERNS)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"No checkpoint folder with a config.json at {source}, and no Hub id by this name.")
@@ -176,7 +181,7 @@ def resolve_source(source: str | Path, hub: Hub) -> Path:
 def resolve_sam2(sam2: str | Path, hub: Hub) -> Path:
     """The local file of the original SAM 2: transformers' safetensors before Meta's file where a folder holds both."""
     path = Path(sam2)
-    if not path.exists() and HUB_ID.match(str(sam2)):
+    if is_hub_id(sam2):
         path = Hub(token=hub.token, cache_dir=hub.cache_dir).download(str(sam2), ("model.safetensors", "*.pt"))
     if path.is_dir():
         files = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.pt"))]

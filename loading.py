@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 
-from .convert_checkpoint import HUB_ID, Hub, convert_checkpoint, resolve_source
+from .convert_checkpoint import Hub, convert_checkpoint, is_hub_id, resolve_source
 from .files import read_json
 from .modeling_sa2va_i import Sa2VAiModel
 from .safetensors_io import checkpoint_files
@@ -72,7 +72,7 @@ def cached_conversion(name: str | Path, sam2: str | Path | None, sam2_config: di
 
 
 def _model_type(name: str | Path, hub: Hub) -> str | None:
-    if not Path(name).exists() and HUB_ID.match(str(name)):
+    if is_hub_id(name):
         config = hf_hub_download(
             str(name), "config.json", revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir
         )
