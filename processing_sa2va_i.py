@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -149,7 +149,7 @@ def load_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
 
 
 def _open_image(path: Path) -> Image.Image:
-    """The image without its pixels, upright: PIL decodes it when they are asked for."""
+    """The image as it is stored, without its pixels: PIL decodes it when they are asked for."""
     if not path.is_file():
         raise FileNotFoundError(f"No image file at {path}.")
     try:
@@ -215,7 +215,7 @@ class FrameList(Video):
     def _size_of(frame: Image.Image | str | Path | np.ndarray) -> tuple[int, int]:
         if isinstance(frame, (str, Path)):
             with _open_image(Path(frame)) as image:
-                width, height = ImageOps.exif_transpose(image).size if _is_rotated(image) else image.size
+                width, height = image.size[::-1] if _lies_on_its_side(image) else image.size
         elif isinstance(frame, Image.Image):
             width, height = frame.size
         else:
@@ -223,8 +223,9 @@ class FrameList(Video):
         return height, width
 
 
-def _is_rotated(image: Image.Image) -> bool:
-    return image.getexif().get(0x0112, 1) != 1
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Whether `ImageOps.exif_transpose` would swap its width and height."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 class VideoFile(Video):
