@@ -139,9 +139,7 @@ def evaluate(
 
     A run stops and resumes. Several GPUs or nodes share it: `accelerate launch -m sa2va_i.cli evaluate ...`.
     """
-    missing = [name for name in ("pycocotools", "scipy") if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"`sa2va-i evaluate` needs {', '.join(missing)}: pip install 'sa2va-i[eval]'.")
+    _require("eval", "pycocotools", "scipy")
     from .evaluation.datasets import open_dataset
     from .evaluation.report import draw_worst, score_run
     from .evaluation.runner import RunOptions, expressions_left, predict, prepare_run
@@ -168,6 +166,47 @@ def evaluate(
     for picture in draw_worst(data, out, worst) if worst else []:
         print(picture, file=sys.stderr)
     print(json.dumps(result["scores"]))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML of training settings, see training/configs.")],
+) -> None:
+    """Fine-tune a checkpoint on your data (the Sa2VA-i-FT recipe); a killed run goes on where it stopped.
+
+    Several GPUs or nodes: `accelerate launch -m sa2va_i.cli train CONFIG` or `torchrun -m sa2va_i.cli train CONFIG`.
+    """
+    _require("train", "peft", "yaml", "pycocotools", "scipy")
+    from .training.recipe import TrainConfig
+    from .training.recipe import train as train_recipe
+
+    print(f"Trained -> {train_recipe(TrainConfig.from_yaml(config))}")
+
+
+@app.command()
+def synthetic(
+    out: Annotated[Path, typer.Argument(help="Folder to make the split in.")],
+    split: Annotated[str, typer.Option(help="train or valid_u.")] = "valid_u",
+    clips: Annotated[int, typer.Option(help="Number of videos.")] = 200,
+    first_seed: Annotated[int | None, typer.Option(help="Of the first video (held out for valid_u, else 0).")] = None,
+    per_need: Annotated[int, typer.Option(help="Expressions a video of each kind (appearance, motion, ...).")] = 1,
+) -> None:
+    """Draw a data set of moving shapes in MeViS' layout, with expressions and exact masks."""
+    _require("eval", "pycocotools", "scipy")
+    from .training.synthetic import HELD_OUT, write_mevis
+
+    if split not in ("train", "valid_u"):
+        raise ValueError(f"`--split` must be train or valid_u, the splits of MeViS with masks. Got {split!r}.")
+    if first_seed is None:
+        first_seed = 0 if split == "train" else HELD_OUT
+    write_mevis(out, range(first_seed, first_seed + clips), split, per_need)
+    print(f"{clips} videos -> {out / split}")
+
+
+def _require(extra: str, *packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"This command needs {', '.join(missing)}: pip install 'sa2va-i[{extra}]'.")
 
 
 def load_model(

@@ -22,24 +22,16 @@ import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModel
 
 from .checkpoint_layout import SAM2_FILE, SAM2_HIERA_LARGE, Plan, convert_config, make_plan, shared_sam2, some
 from .configuration_sa2va_i import Sa2VAiConfig
 from .files import check_disk_space, check_new_folder, read_json, staged_folder, write_json
 from .internlm2_tokenizer import convert_internlm2_tokenizer
 from .modeling_sa2va_i import Sa2VAiModel
-from .processing_sa2va_i import Sa2VAiProcessor
-from .publish import make_card
+from .publish import make_card, write_package
 from .safetensors_io import DTYPES, INDEX_FILE, TensorFiles, checkpoint_files, file_sha256, num_bytes, write_tensors
 
-REMOTE_CODE = ("configuration_sa2va_i.py", "processing_sa2va_i.py", "sam2_propagator.py", "modeling_sa2va_i.py")
-AUTO_MAP = {
-    "AutoConfig": "configuration_sa2va_i.Sa2VAiConfig",
-    "AutoModel": "modeling_sa2va_i.Sa2VAiModel",
-    "AutoModelForCausalLM": "modeling_sa2va_i.Sa2VAiModel",
-    "AutoProcessor": "processing_sa2va_i.Sa2VAiProcessor",
-}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -279,29 +271,14 @@ def write_weights(
 
 def write_configs(folder: Path, source: Path, config: Sa2VAiConfig) -> None:
     """Everything beside the weights that a Hub repository of a remote-code model holds: code, configs, tokenizer."""
+    # the tokenizer's files are copied first: beside the source's config.json, AutoTokenizer would offer to run its code
     if (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file():
         convert_internlm2_tokenizer(source, folder)
     else:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    # read from the copy: beside the source's config.json, AutoTokenizer would offer to run the source's code
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = Sa2VAiProcessor.from_config(config, tokenizer)
-    processor.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-    processor.to_json_file(folder / "processor_config.json")
-    config.seg_token_id = processor.seg_token_id
-    config.img_context_token_id = processor.img_context_token_id
-    config.auto_map = AUTO_MAP
-    config.save_pretrained(folder)
-    GenerationConfig(
-        do_sample=False,
-        max_new_tokens=2048,  # as the original
-        eos_token_id=processor.stop_token_ids,
-        pad_token_id=tokenizer.pad_token_id,
-    ).save_pretrained(folder)
-    for name in REMOTE_CODE:
-        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    write_package(folder, config)
 
 
 def provenance(source: str | Path, folder: Path, sam2_file: Path | None, hashes: dict[str, str]) -> dict[str, Any]:

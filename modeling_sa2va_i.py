@@ -34,13 +34,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoMaskDecoder
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import ModelOutput, is_flash_attn_2_available, logging
 
 from .configuration_sa2va_i import Sa2VAiConfig, check_decoding_options
+from .mask_losses_sa2va_i import mask_losses
 from .processing_sa2va_i import (
     SAMPLERS,
     Sa2VAiProcessor,
@@ -57,6 +57,26 @@ logger = logging.get_logger(__name__)
 
 # What `quantization_config` must leave alone: masks need every bit, and these parts are small.
 NEVER_QUANTIZED = ("propagator", "grounding_encoder", "text_hidden_fcs")
+# Weights of the mask losses beside the text's (arXiv:2509.19082)
+MASK_WEIGHT, DICE_WEIGHT = 2.0, 0.5
+
+
+@dataclass
+class Sa2VAiOutput(ModelOutput):
+    """What `Sa2VAiModel.forward` returns.
+
+    loss: `text_loss` + 2.0 `mask_loss` + 0.5 `dice_loss`, as far as there are labels and masks.
+    logits: (B, L, vocab_size) of the next token.
+    past_key_values: the language model's cache.
+    text_loss, mask_loss, dice_loss: cross-entropy of the labels; cross-entropy and dice of the masks.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    text_loss: Tensor | None = None
+    mask_loss: Tensor | None = None
+    dice_loss: Tensor | None = None
 
 
 @dataclass
@@ -281,11 +301,74 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         region_masks: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        sam2_pixel_values: Sequence[Tensor] | None = None,
+        masks: Sequence[Tensor] | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """The language model's output for a prompt with its visual tokens; with `labels` (1, L), its loss too."""
+    ) -> Sa2VAiOutput:
+        """The language model's output for B prompts with their visual tokens; with `labels` and `masks`, the losses.
+
+        Args:
+            input_ids, attention_mask: (B, L).
+            pixel_values: the tiles of all prompts, one prompt after the other.
+            region_masks: for B = 1 only.
+            labels: (B, L), -100 where a token is not to be learnt.
+            sam2_pixel_values: for each prompt, (F, 3, H, W) sampled frames as SAM 2 sees them.
+            masks: for each prompt, (K, F, height, width) true masks, K the number of `[SEG]` in its labels.
+            kwargs: as the language model takes them.
+        Raises:
+            ValueError: K is another number than that of `[SEG]`.
+        """
         embeddings = self.embed_prompt(input_ids, pixel_values, region_masks)
-        return self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels, **kwargs)
+        decoded = self.get_decoder()(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+        output = Sa2VAiOutput(
+            logits=self.get_output_embeddings()(decoded.last_hidden_state), past_key_values=decoded.past_key_values
+        )
+        if labels is None:
+            return output
+        vocab_size = output.logits.shape[-1]
+        output.text_loss = self.loss_function(output.logits, labels, vocab_size=vocab_size)
+        output.loss = output.text_loss
+        if masks is not None:
+            seg_states = [
+                states[of_prompt == self.config.seg_token_id]
+                for states, of_prompt in zip(decoded.last_hidden_state, labels, strict=True)
+            ]
+            output.mask_loss, output.dice_loss = self._mask_losses(seg_states, sam2_pixel_values, masks)
+            output.loss = output.loss + MASK_WEIGHT * output.mask_loss + DICE_WEIGHT * output.dice_loss
+        return output
+
+    def _mask_losses(
+        self, seg_states: Sequence[Tensor], sam2_pixel_values: Sequence[Tensor], masks: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and dice of every object in every frame, decoded as in `predict_forward`, without memory.
+
+        Every part runs in every step, with a weight of 0 where no prompt has a `[SEG]`: sharded training would hang
+        if one process left a part out.
+        """
+        of_prompts, sizes = [], []
+        for number, (states, frames, true) in enumerate(zip(seg_states, sam2_pixel_values, masks, strict=True)):
+            if len(states) != len(true):
+                raise ValueError(f"Prompt {number} has {len(states)} [SEG] in its labels and {len(true)} masks.")
+            if len(states):
+                logits = self._training_logits(states, frames).flatten(0, 1)
+                true = true.transpose(0, 1).flatten(0, 1).to(logits.device)
+                of_prompts.append(torch.stack(mask_losses(logits, true)))
+                sizes.append(len(true))
+        if not sizes:
+            states, frames = seg_states[0].new_zeros(1, seg_states[0].shape[-1]), sam2_pixel_values[0]
+            nothing = 0 * self._training_logits(states, frames).mean()
+            return nothing, nothing
+        weights = torch.tensor(sizes, device=of_prompts[0].device) / sum(sizes)
+        mask_loss, dice_loss = weights @ torch.stack(of_prompts)
+        return mask_loss, dice_loss
+
+    def _training_logits(self, seg_states: Tensor, sam2_pixel_values: Tensor) -> Tensor:
+        """(F, K, 4h, 4w) logits of the initial masks of F frames."""
+        seg_embeddings = self.text_hidden_fcs(seg_states)
+        with torch.no_grad():
+            pyramid = self.propagator.encode_images(sam2_pixel_values)
+        frames = [[level[[index]] for level in pyramid] for index in range(len(sam2_pixel_values))]
+        return torch.stack([self._decode_initial(frame, seg_embeddings).logits[:, 0].float() for frame in frames])
 
     @torch.no_grad()
     def generate(

@@ -1,20 +1,56 @@
-"""Model cards, and the upload of a converted checkpoint to the Hub."""
+"""What a Hub repository holds beside weights and tokenizer: code, configs, the model card; and its upload."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from transformers import AutoTokenizer, GenerationConfig
 
 from .configuration_sa2va_i import Sa2VAiConfig
 from .files import read_json
+from .processing_sa2va_i import Sa2VAiProcessor
 
 CARDS = Path(__file__).parent / "hub_cards"
 LARGE = 5_000_000_000  # bytes from which an upload is split and can be resumed
+REMOTE_CODE = (
+    "configuration_sa2va_i.py",
+    "processing_sa2va_i.py",
+    "sam2_propagator.py",
+    "mask_losses_sa2va_i.py",
+    "modeling_sa2va_i.py",
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_sa2va_i.Sa2VAiConfig",
+    "AutoModel": "modeling_sa2va_i.Sa2VAiModel",
+    "AutoModelForCausalLM": "modeling_sa2va_i.Sa2VAiModel",
+    "AutoProcessor": "processing_sa2va_i.Sa2VAiProcessor",
+}
 DATASETS = {  # of the paper: its name and its type on the Hub
     "mevis-valid": ("MeViS", "FudanCVL/MeViS"),
     "ref-youtube-vos": ("Ref-YT-VOS", "ref-youtube-vos"),
     "ref-davis17": ("Ref-DAVIS17", "ref-davis17"),
 }
+
+
+def write_package(folder: Path, config: Sa2VAiConfig) -> None:
+    """Write configs and code into a folder that holds a tokenizer; the token ids in `config` are filled in."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    processor = Sa2VAiProcessor.from_config(config, tokenizer)
+    processor.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    processor.to_json_file(folder / "processor_config.json")
+    config.seg_token_id = processor.seg_token_id
+    config.img_context_token_id = processor.img_context_token_id
+    config.auto_map = AUTO_MAP
+    config.save_pretrained(folder)
+    GenerationConfig(
+        do_sample=False,
+        max_new_tokens=2048,  # as the original
+        eos_token_id=processor.stop_token_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+    for name in REMOTE_CODE:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
 
 
 def make_card(folder: Path, repo_id: str) -> ModelCard:

@@ -41,11 +41,15 @@ class DecodedMasks(NamedTuple):
     logits: (K, 1, 4h, 4w), not gated by the object score.
     tokens: (K, C), the decoder's output token of that mask, from which an object pointer is made.
     object_score_logits: (K, 1); > 0 where the object is in the frame.
+    candidates: (K, M, 4h, 4w), the logits of all M masks it was chosen from, and iou_scores: (K, M), how good the
+        decoder thinks they are; for training.
     """
 
     logits: Tensor
     tokens: Tensor
     object_score_logits: Tensor
+    candidates: Tensor
+    iou_scores: Tensor
 
     @property
     def is_present(self) -> Tensor:
@@ -228,12 +232,15 @@ class Sam2Propagator(Sam2VideoModel):
         )
         logits, iou_scores, tokens, object_score_logits = (output.to(self.device) for output in outputs)
         # the two batch dimensions, images and prompts, are one: objects
-        best = iou_scores.flatten(0, 1).argmax(dim=-1)
+        candidates, iou_scores = logits.flatten(0, 1), iou_scores.flatten(0, 1)
+        best = iou_scores.argmax(dim=-1)
         objects = torch.arange(len(best), device=best.device)
         return DecodedMasks(
-            logits=logits.flatten(0, 1)[objects, best][:, None],
+            logits=candidates[objects, best][:, None],
             tokens=tokens.flatten(0, 1)[objects, best],
             object_score_logits=object_score_logits.flatten(0, 1),
+            candidates=candidates,
+            iou_scores=iou_scores,
         )
 
     def _no_points(self, num_objects: int) -> Tensor:
@@ -344,11 +351,18 @@ class ObjectTracker:
 
     def track(self, frame_idx: int, features: FrameFeatures) -> Tensor:
         """Logits (K, 1, 4h, 4w) of a frame without a prompt. Frames must come in order."""
-        propagator = self._propagator
-        image_embeddings = propagator.recall(
+        return self.remember(frame_idx, features, self.decode(frame_idx, features))
+
+    def decode(self, frame_idx: int, features: FrameFeatures) -> DecodedMasks:
+        """What memory says of a frame without a prompt."""
+        image_embeddings = self._propagator.recall(
             features, self.memory.memories_for(frame_idx), self.memory.pointers_for(frame_idx)
         )
-        decoded = propagator.decode_tracked(self._decoder, features, image_embeddings)
+        return self._propagator.decode_tracked(self._decoder, features, image_embeddings)
+
+    def remember(self, frame_idx: int, features: FrameFeatures, decoded: DecodedMasks) -> Tensor:
+        """Logits (K, 1, 4h, 4w) of the frame, gated, which is from now on part of the memory."""
+        propagator = self._propagator
         logits = decoded.logits
         if self._gate_masks:
             logits = torch.where(decoded.is_present[..., None, None], logits, ABSENT_LOGIT)

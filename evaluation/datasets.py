@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from ..files import read_json
+from .masks import union_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,14 @@ class ReferringDataset(ABC):
     @abstractmethod
     def videos(self) -> list[ReferredVideo]: ...
 
-    def truth(self, video: ReferredVideo, expression: Expression) -> np.ndarray:
-        """(T, height, width) bool masks of what `expression` means, all its objects in one."""
+    def truth(
+        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """(T, height, width) bool masks of what `expression` means, all its objects in one; of some frames, or of all.
+
+        Raises:
+            ValueError: a mask has another size than the frames, or the expression names no object.
+        """
         raise NotImplementedError(f"The masks of {self.name} are not public: submit to its server.")
 
     def _videos(self, metadata: Path, images: Path, skip: Sequence[str] = ()) -> list[ReferredVideo]:
@@ -91,14 +97,14 @@ class ReferringDataset(ABC):
 
 
 class MeViS(ReferringDataset):
-    """`valid_u` has masks; those of `valid` and `test` are the server's."""
+    """`train` and `valid_u` have masks; those of `valid` and `test` are the server's."""
 
     submission_folder = ""
 
     def __init__(self, root: str | Path, split: str):
         self.name = f"mevis-{split}"
         self.split = split
-        self.has_truth = split == "valid_u"
+        self.has_truth = split in ("train", "valid_u")
         self.layout = f"  {split}/JPEGImages/<video>/<frame>.jpg\n  {split}/meta_expressions.json" + (
             f"\n  {split}/mask_dict.json" if self.has_truth else ""
         )
@@ -123,41 +129,86 @@ class MeViS(ReferringDataset):
     def _masks(self) -> dict[str, list[dict | None]]:
         return read_json(self.root / self.split / "mask_dict.json")
 
-    def truth(self, video: ReferredVideo, expression: Expression) -> np.ndarray:
+    def truth(
+        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
+    ) -> np.ndarray:
         if not self.has_truth:
-            return super().truth(video, expression)
-        return union_of([self._masks[target] for target in expression.targets], frame_size(video))
+            return super().truth(video, expression, frame_indices)
+        return _union(self._masks, video, expression, frame_indices)
 
 
-class RefYouTubeVOS(ReferringDataset):
-    """The 202 videos of the validation: those that stand in the test expressions too are not part of it."""
+class LabelledFrames(ReferringDataset):
+    """A data set whose masks are palette images, one label an object: `<split>/Annotations/<video>/<frame>.png`."""
 
-    name = "ref-youtube-vos"
-    layout = (
-        "  valid/JPEGImages/<video>/<frame>.jpg\n"
-        "  meta_expressions/valid/meta_expressions.json\n"
-        "  meta_expressions/test/meta_expressions.json"
-    )
-    has_truth = False
-    submission_folder = "Annotations"
+    split: str
+
+    def label_maps(self, video: ReferredVideo, frame_indices: Sequence[int] | None = None) -> np.ndarray:
+        """(T, height, width) uint8: 0 is background, object ids from 1."""
+        folder = self.root / self.split / "Annotations" / video.name
+        frames = video.frames if frame_indices is None else [video.frames[idx] for idx in frame_indices]
+        labels = np.stack([np.asarray(Image.open(folder / f"{frame}.png")) for frame in frames])
+        if labels.shape[1:] != frame_size(video):
+            raise ValueError(f"Labels in {folder} are of size {labels.shape[1:]}, and the frames {frame_size(video)}.")
+        return labels
+
+    def truth(
+        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
+    ) -> np.ndarray:
+        _check_targets(video, expression)
+        return np.isin(self.label_maps(video, frame_indices), list(map(int, expression.targets)))
+
+
+class RefYouTubeVOS(LabelledFrames):
+    """`valid` are 202 videos: those that stand in the test expressions too are not part of it. `train` has masks."""
+
+    def __init__(self, root: str | Path, split: str = "valid"):
+        self.split = split
+        self.has_truth = split == "train"
+        self.name = "ref-youtube-vos" + ("-train" if self.has_truth else "")
+        self.submission_folder = None if self.has_truth else "Annotations"
+        self.layout = (
+            f"  {split}/JPEGImages/<video>/<frame>.jpg\n  meta_expressions/{split}/meta_expressions.json\n"
+            + (
+                "  train/Annotations/<video>/<frame>.png"
+                if self.has_truth
+                else "  meta_expressions/test/meta_expressions.json"
+            )
+        )
+        super().__init__(root)
 
     @property
     def required(self) -> list[Path]:
-        return [self.root / "valid" / "JPEGImages", self._metadata("valid"), self._metadata("test")]
+        folder = self.root / self.split
+        last = folder / "Annotations" if self.has_truth else self._metadata("test")
+        return [folder / "JPEGImages", self._metadata(self.split), last]
 
     def _metadata(self, split: str) -> Path:
         return self.root / "meta_expressions" / split / "meta_expressions.json"
 
     @cached_property
     def videos(self) -> list[ReferredVideo]:
-        test = read_json(self._metadata("test"))["videos"]
-        return self._videos(self._metadata("valid"), self.root / "valid" / "JPEGImages", skip=list(test))
+        not_ours = [] if self.has_truth else list(read_json(self._metadata("test"))["videos"])
+        return self._videos(self._metadata(self.split), self.root / self.split / "JPEGImages", skip=not_ours)
+
+    def _expressions(self, expressions: dict[str, dict[str, Any]]) -> list[Expression]:
+        return [
+            Expression(key, fields["exp"], targets=(str(fields["obj_id"]),) if "obj_id" in fields else ())
+            for key, fields in expressions.items()
+        ]
+
+    def truth(
+        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
+    ) -> np.ndarray:
+        if not self.has_truth:
+            return ReferringDataset.truth(self, video, expression, frame_indices)
+        return super().truth(video, expression, frame_indices)
 
 
-class RefDAVIS17(ReferringDataset):
+class RefDAVIS17(LabelledFrames):
     """Validation. Every object has four expressions in a row, one of each annotator; masks are palette images."""
 
     name = "ref-davis17"
+    split = "valid"
     layout = (
         "  valid/JPEGImages/<video>/<frame>.jpg\n"
         "  valid/Annotations/<video>/<frame>.png\n"
@@ -185,35 +236,27 @@ class RefDAVIS17(ReferringDataset):
             for number, key in enumerate(in_order)
         ]
 
-    def label_maps(self, video: ReferredVideo) -> np.ndarray:
-        """(T, height, width) uint8: 0 is background, object ids from 1."""
-        folder = self.root / "valid" / "Annotations" / video.name
-        return np.stack([np.asarray(Image.open(folder / f"{frame}.png")) for frame in video.frames])
-
-    def truth(self, video: ReferredVideo, expression: Expression) -> np.ndarray:
-        return self.label_maps(video) == int(expression.targets[0])
-
 
 class ReVOS(ReferringDataset):
-    """Validation: referring (type 0) and reasoning (type 1) expressions; type 2 asks for what is not there."""
+    """Referring (type 0) and reasoning (type 1) expressions; type 2 asks for what is not there."""
 
-    name = "revos"
-    layout = (
-        "  JPEGImages/<video>/<frame>.jpg\n"
-        "  meta_expressions_valid_.json\n"
-        "  mask_dict.json\n"
-        "  mask_dict_foreground.json"
-    )
     splits = {0: "referring", 1: "reasoning"}
+
+    def __init__(self, root: str | Path, split: str = "valid"):
+        self.name = "revos" + ("-train" if split == "train" else "")
+        self._metadata = f"meta_expressions_{split}_.json"
+        names = [self._metadata, "mask_dict.json"] + (["mask_dict_foreground.json"] if split == "valid" else [])
+        self._names = names
+        self.layout = "\n".join(f"  {name}" for name in ("JPEGImages/<video>/<frame>.jpg", *names))
+        super().__init__(root)
 
     @property
     def required(self) -> list[Path]:
-        names = ("meta_expressions_valid_.json", "mask_dict.json", "mask_dict_foreground.json")
-        return [self.root / "JPEGImages", *(self.root / name for name in names)]
+        return [self.root / "JPEGImages", *(self.root / name for name in self._names)]
 
     @cached_property
     def videos(self) -> list[ReferredVideo]:
-        videos = self._videos(self.root / "meta_expressions_valid_.json", self.root / "JPEGImages")
+        videos = self._videos(self.root / self._metadata, self.root / "JPEGImages")
         return [video for video in videos if video.expressions]
 
     def _expressions(self, expressions: dict[str, dict[str, Any]]) -> list[Expression]:
@@ -231,8 +274,10 @@ class ReVOS(ReferringDataset):
     def _foreground(self) -> dict[str, dict[str, list]]:
         return read_json(self.root / "mask_dict_foreground.json")
 
-    def truth(self, video: ReferredVideo, expression: Expression) -> np.ndarray:
-        return union_of([self._masks[target] for target in expression.targets], frame_size(video))
+    def truth(
+        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
+    ) -> np.ndarray:
+        return _union(self._masks, video, expression, frame_indices)
 
     def foreground(self, video: ReferredVideo) -> np.ndarray:
         """(T, height, width) bool masks of all objects of the video."""
@@ -240,11 +285,14 @@ class ReVOS(ReferringDataset):
 
 
 DATASETS = {
+    "mevis-train": lambda root: MeViS(root, "train"),
     "mevis-valid_u": lambda root: MeViS(root, "valid_u"),
     "mevis-valid": lambda root: MeViS(root, "valid"),
     "mevis-test": lambda root: MeViS(root, "test"),
+    "ref-youtube-vos-train": lambda root: RefYouTubeVOS(root, "train"),
     "ref-youtube-vos": RefYouTubeVOS,
     "ref-davis17": RefDAVIS17,
+    "revos-train": lambda root: ReVOS(root, "train"),
     "revos": ReVOS,
 }
 
@@ -262,17 +310,20 @@ def frame_size(video: ReferredVideo) -> tuple[int, int]:
         return image.size[::-1]
 
 
-def union_of(objects: Sequence[Sequence[Any]], size: tuple[int, int]) -> np.ndarray:
-    """(T, height, width) bool masks of several objects as one.
+def _union(
+    masks: dict[str, list[Any]], video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None
+) -> np.ndarray:
+    """The masks of an expression's objects as one, from run-length codes by object."""
+    _check_targets(video, expression)
+    objects = [masks[target] for target in expression.targets]
+    if frame_indices is not None:
+        objects = [[codes[idx] for idx in frame_indices] for codes in objects]
+    try:
+        return union_of(objects, frame_size(video))
+    except ValueError as error:
+        raise ValueError(f"The masks of {video.name}, expression {expression.id}, do not fit: {error}") from error
 
-    Args:
-        objects: for each, a COCO run-length code, a list of several, or None for every frame.
-    """
-    num_frames = len(objects[0]) if objects else 0
-    masks = np.zeros((num_frames, *size), dtype=bool)
-    for codes in objects:
-        for frame_idx, code in enumerate(codes):
-            if code:
-                decoded = coco.decode(code)
-                masks[frame_idx] |= decoded.any(axis=2) if decoded.ndim == 3 else decoded.astype(bool)
-    return masks
+
+def _check_targets(video: ReferredVideo, expression: Expression) -> None:
+    if not expression.targets:
+        raise ValueError(f"Expression {expression.id} of {video.name} ({expression.text!r}) names no object.")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
+
+from sa2va_i.evaluation.masks import to_rle
 
 NUM_FRAMES, SIZE = 6, (60, 80)
 EXPRESSIONS = ("the disk", "the thing that moves right", "what is the red one?", "the ground")
@@ -14,11 +15,6 @@ EXPRESSIONS = ("the disk", "the thing that moves right", "what is the red one?",
 def disk(frame_idx: int, number: int = 0) -> np.ndarray:
     y, x = np.mgrid[: SIZE[0], : SIZE[1]]
     return (x - 15 - 8 * frame_idx) ** 2 + (y - 20 - 20 * number) ** 2 < 100
-
-
-def code_of(mask: np.ndarray) -> dict:
-    code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": code["size"], "counts": code["counts"].decode()}
 
 
 def write_frames(folder: Path) -> list[str]:
@@ -45,7 +41,7 @@ def make_mevis(root: Path, split: str) -> None:
             for key, text in enumerate(EXPRESSIONS[: 3 - number])
         }
         videos[video] = {"expressions": expressions, "frames": frames}
-        codes = [code_of(disk(frame_idx)) for frame_idx in range(NUM_FRAMES)]
+        codes = [to_rle(disk(frame_idx)) for frame_idx in range(NUM_FRAMES)]
         masks[str(number)] = [None if frame_idx == 2 else code for frame_idx, code in enumerate(codes)]
     write_json(root / split / "meta_expressions.json", {"videos": videos})
     if split == "valid_u":
@@ -85,7 +81,7 @@ def make_revos(root: Path) -> None:
     write_json(
         root / "meta_expressions_valid_.json", {"videos": {"aaa": {"expressions": expressions, "frames": frames}}}
     )
-    codes = [[code_of(disk(frame_idx, number)) for frame_idx in range(NUM_FRAMES)] for number in range(2)]
+    codes = [[to_rle(disk(frame_idx, number)) for frame_idx in range(NUM_FRAMES)] for number in range(2)]
     write_json(root / "mask_dict.json", {"0": codes[0], "1": [None, *codes[1][1:]]})
     write_json(root / "mask_dict_foreground.json", {"aaa": {"masks_rle": [list(pair) for pair in zip(*codes)]}})
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from sa2va_i import Sa2VAiConfig, Sa2VAiModel, Sam2Propagator
 from sa2va_i.checkpoint_layout import FINE_TUNED_DECODER, ORIGINAL_DECODER, SAM2_HIERA_LARGE, convert_config, make_plan
-from sa2va_i.convert_checkpoint import REMOTE_CODE, Hub, convert_checkpoint
+from sa2va_i.convert_checkpoint import Hub, convert_checkpoint
 from sa2va_i.files import read_json
+from sa2va_i.publish import REMOTE_CODE
 from sa2va_i.safetensors_io import TensorFiles, checkpoint_files, file_sha256
 
 SAM2 = "grounding_encoder.sam2_model."

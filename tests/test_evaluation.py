@@ -17,9 +17,10 @@ from PIL import Image
 from scipy import ndimage
 
 import small_model as builder
-from fake_datasets import EXPRESSIONS, MAKERS, NUM_FRAMES, SIZE, code_of, disk
+from fake_datasets import EXPRESSIONS, MAKERS, NUM_FRAMES, SIZE, disk
 from sa2va_i import cli
-from sa2va_i.evaluation.datasets import DATASETS, MeViS, open_dataset, union_of
+from sa2va_i.evaluation.datasets import DATASETS, MeViS, open_dataset
+from sa2va_i.evaluation.masks import to_rle, union_of
 from sa2va_i.evaluation.metrics import boundary, boundary_accuracy, region_similarity, robustness
 from sa2va_i.evaluation.report import Score, draw_worst, label_maps, score_run, summary
 from sa2va_i.evaluation.runner import (
@@ -131,8 +132,8 @@ class TestMetrics:
     def test_overlapping_objects_do_not_wrap_around(self):
         """Adding uint8 masks makes 256 of them nothing."""
         mask = np.ones((5, 5), bool)
-        assert union_of([[[code_of(mask)] * 256]], (5, 5)).all()
-        assert union_of([[code_of(mask)]] * 256, (5, 5)).all()
+        assert union_of([[[to_rle(mask)] * 256]], (5, 5)).all()
+        assert union_of([[to_rle(mask)]] * 256, (5, 5)).all()
         assert not union_of([[None]], (5, 5)).any()
 
 

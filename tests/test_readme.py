@@ -10,7 +10,7 @@ import torch
 
 import small_model as builder
 from fake_datasets import MAKERS
-from sa2va_i import cli, convert_checkpoint
+from sa2va_i import cli, convert_checkpoint, publish
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory, video_file, frames, sources, converted) -> Path:
     for file in converted.glob("*.py"):
         shutil.copy(file, folder / "sa2va-i-4b")
     config = (folder / "sa2va-i-4b" / "config.json").read_text()
-    auto_map = str(convert_checkpoint.AUTO_MAP).replace("'", '"')
+    auto_map = str(publish.AUTO_MAP).replace("'", '"')
     (folder / "sa2va-i-4b" / "config.json").write_text(config.replace("{", f'{{"auto_map": {auto_map},', 1))
     shutil.copy(video_file, folder / "dog.mp4")
     MAKERS["mevis-valid_u"](folder / "data" / "mevis")

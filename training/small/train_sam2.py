@@ -1,0 +1,218 @@
+"""The small SAM 2: video object segmentation from mask prompts on synthetic scenes, from scratch, memory included.
+
+    python -m sa2va_i.training.small.train_sam2 OUT
+
+First pairs of frames, then clips of eight: one to three frames of a clip are prompted with the true masks (some
+roughened), the others tracked by the very loop that inference runs. One frame of each clip is also decoded without
+memory from the shape's name, as embeddings that are thrown away afterwards: the encoder learns colours and kinds, and
+the decoder to be asked for them. Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the object is
+there; but of all three masks and not of the best, for these shapes are not ambiguous, and the best of three can be right
+without looking at the prompt. A killed run goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Sam2VideoConfig
+
+from ...processing_sa2va_i import SAM2_MEAN, SAM2_STD, to_pixel_values
+from ...sam2_propagator import DecodedMasks, FrameFeatures, ObjectTracker, Sam2Propagator, resize
+from ..synthetic import COLORS, KINDS, RADIUS, Scene, Shape
+
+HERE = Path(__file__).parent
+LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edges
+PAIRS, CLIP = 2, 8  # frames of a clip, at first and then
+SCENES_OF_PAIRS = 2  # in a step
+NAMES = (*KINDS, *COLORS, *RADIUS)
+
+
+def build_sam2(seed: int = 0) -> Sam2Propagator:
+    """The small SAM 2 with weights to start from; transformers' own are too small for a narrow network."""
+    torch.manual_seed(seed)
+    fields = json.loads((HERE / "sam2_config.json").read_text())
+    model = Sam2Propagator(Sam2VideoConfig(**fields))
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.2)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("memory_temporal", "no_")) or "pos_embed" in name:
+            nn.init.normal_(parameter, std=0.2)
+    # transformers keeps two copies of the position matrix
+    model.prompt_encoder.shared_embedding.positional_embedding.copy_(model.shared_image_embedding.positional_embedding)
+    return model
+
+
+class NamePrompts(nn.Module):
+    """(K, C) prompts that stand for the names of K shapes."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.words = nn.Embedding(len(NAMES), width)
+        self.mix = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, shapes: list[Shape]) -> Tensor:
+        ids = torch.tensor([[NAMES.index(word) for word in shape.identity] for shape in shapes])
+        return self.mix(self.words(ids.to(self.words.weight.device)).sum(dim=1))
+
+
+def sample_frames(random: np.random.Generator, num_frames: int) -> tuple[int, list[int], list[int]]:
+    """Length of a scene, some frames of it at an even step, and which of those are prompted."""
+    length, step = int(random.integers(16, 33)), int(random.integers(1, 4))
+    step = min(step, (length - 1) // (num_frames - 1))
+    first = int(random.integers(0, length - step * (num_frames - 1)))
+    frames = [first + step * number for number in range(num_frames)]
+    if random.random() < 0.35:
+        return length, frames, [0]
+    num_prompts = int(random.integers(1, min(4, num_frames)))
+    return length, frames, sorted(random.choice(num_frames, num_prompts, replace=False).tolist())
+
+
+def roughen(random: np.random.Generator, masks: Tensor) -> Tensor:
+    """Masks (K, 1, h, w) of 0 and 1 as a decoder that is not perfect gives them: thicker, thinner or shifted."""
+    radius = int(random.integers(0, 3))
+    if random.random() < 0.5:
+        masks = F.max_pool2d(masks, 2 * radius + 1, 1, radius)
+    else:
+        masks = -F.max_pool2d(-masks, 2 * radius + 1, 1, radius)
+    return torch.roll(masks, random.integers(-2, 3, 2).tolist(), (2, 3))
+
+
+def scene_losses(sam2: Sam2Propagator, names: NamePrompts, seed: int, num_frames: int) -> dict[str, Tensor]:
+    """The losses of one scene, means over its frames."""
+    random = np.random.default_rng((seed, 1))
+    length, frame_indices, prompts = sample_frames(random, num_frames)
+    scene = Scene(seed, length)
+    frames, masks = scene.render_all(frame_indices)
+    pixel_values = to_pixel_values([Image.fromarray(frame) for frame in frames], sam2.image_side, SAM2_MEAN, SAM2_STD)
+    masks = torch.from_numpy(masks).to(sam2.device)
+    targets = F.interpolate(masks.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K, F, side, side)
+    pyramid = sam2.encode_images(pixel_values)
+    features = [sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid]) for idx in range(num_frames)]
+    named = int(random.integers(num_frames))
+    decoded = sam2.decode_seg(sam2.mask_decoder, features[named], names(scene.shapes))
+    losses = [frame_losses(decoded, targets[:, named])]
+    shown = masks[:, prompts].flatten(1).any(dim=1)  # a prompt that shows nothing can be followed nowhere
+    if shown.any():
+        losses += tracking_losses(sam2, random, features, masks[shown], targets[shown], prompts)
+    return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+
+
+def tracking_losses(
+    sam2: Sam2Propagator,
+    random: np.random.Generator,
+    features: list[FrameFeatures],
+    masks: Tensor,
+    targets: Tensor,
+    prompts: list[int],
+) -> list[dict[str, Tensor]]:
+    """Of each frame that is not prompted."""
+    tracker = ObjectTracker(sam2, sam2.mask_decoder)
+    for idx in prompts:
+        prompt = masks[:, idx, None].float()
+        if random.random() < 0.5:
+            prompt = roughen(random, prompt)
+        tracker.add_mask_prompt(idx, features[idx], prompt[:, 0] > 0.5)
+    losses = []
+    for idx, of_frame in enumerate(features):
+        if idx not in prompts:
+            decoded = tracker.decode(idx, of_frame)
+            losses.append(frame_losses(decoded, targets[:, idx]))
+            tracker.remember(idx, of_frame, decoded)
+    return losses
+
+
+def frame_losses(decoded: DecodedMasks, targets: Tensor) -> dict[str, Tensor]:
+    """Losses on one frame; targets (K, side, side) in 0..1. Masks of objects that are not there are not learnt."""
+    num_objects = len(targets)
+    logits = resize(decoded.candidates.flatten(0, 1)[:, None], targets.shape[-1])[:, 0].unflatten(0, (num_objects, -1))
+    targets = targets[:, None].expand_as(logits)
+    is_present = targets[:, 0].flatten(1).amax(dim=1) > 0.5
+    probabilities = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    focal = (cross_entropy * (probabilities - targets).square()).mean(dim=(2, 3))
+    overlap = (probabilities * targets).sum(dim=(2, 3))
+    dice = 1 - (2 * overlap + 1) / (probabilities.sum(dim=(2, 3)) + targets.sum(dim=(2, 3)) + 1)
+    with torch.no_grad():
+        predicted, true = logits > 0, targets > 0.5
+        iou = (predicted & true).sum(dim=(2, 3)) / (predicted | true).sum(dim=(2, 3)).clamp(min=1)
+    weight = is_present.float() / is_present.sum().clamp(min=1)
+    return {
+        "focal": 20 * (focal.mean(dim=1) * weight).sum(),
+        "dice": (dice.mean(dim=1) * weight).sum(),
+        "iou": ((decoded.iou_scores - iou).square().mean(dim=1) * weight).sum(),
+        "presence": F.binary_cross_entropy_with_logits(decoded.object_score_logits[:, 0], is_present.float()),
+        "chosen_iou": (iou.gather(1, decoded.iou_scores.argmax(dim=1, keepdim=True))[:, 0] * weight).sum(),
+    }
+
+
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
+    """Warm-up over 100 steps, then a cosine to 1 % of the peak."""
+    if step < 100:
+        return peak * (step + 1) / 100
+    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * (step - 100) / (num_steps - 100))) / 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--pairs", type=int, default=2000, help="steps on pairs of frames")
+    parser.add_argument("--clips", type=int, default=3500, help="steps on clips of eight frames")
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save-every", type=int, default=250)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    sam2 = build_sam2()
+    names = NamePrompts(sam2.config.mask_decoder_config.hidden_size)
+    trained = [*sam2.parameters(), *names.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    modules = {"sam2": sam2, "names": names, "optimizer": optimizer}
+    checkpoint, start = arguments.out / "checkpoint.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        start = state["step"]
+    num_steps = arguments.pairs + arguments.clips
+    began, seen = time.time(), []
+    for step in range(start, num_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps, arguments.lr)
+        is_pairs = step < arguments.pairs
+        num_scenes, num_frames = (SCENES_OF_PAIRS, PAIRS) if is_pairs else (1, CLIP)
+        for number in range(num_scenes):
+            losses = scene_losses(sam2, names, SCENES_OF_PAIRS * step + number, num_frames)
+            (sum(loss for name, loss in losses.items() if name != "chosen_iou") / num_scenes).backward()
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append([*(loss.item() for loss in losses.values()), norm.item()])
+        if (step + 1) % 50 == 0:
+            means = np.mean(seen[-50:], axis=0)
+            record = {name: round(float(mean), 4) for name, mean in zip((*losses, "norm"), means, strict=True)}
+            line = json.dumps({"step": step + 1, **record, "seconds": round(time.time() - began)})
+            print(line, flush=True)
+            with (arguments.out / "log.jsonl").open("a") as log:
+                log.write(line + "\n")
+        if (step + 1) % arguments.save_every == 0 or step + 1 == num_steps:
+            partial = checkpoint.with_suffix(".partial")
+            torch.save({name: module.state_dict() for name, module in modules.items()} | {"step": step + 1}, partial)
+            partial.replace(checkpoint)
+    sam2.eval().save_pretrained(arguments.out / "sam2")
+
+
+if __name__ == "__main__":
+    main()
