@@ -27,7 +27,7 @@ REFERENCE = Path(__file__).parent / "reference"
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")

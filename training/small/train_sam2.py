@@ -6,8 +6,8 @@ First pairs of frames, then clips of eight: one to three frames of a clip are pr
 roughened), the others tracked by the very loop that inference runs. One frame of each clip is also decoded without
 memory from the shape's name, as embeddings that are thrown away afterwards: the encoder learns colours and kinds, and
 the decoder to be asked for them. Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the object is
-there; but of all three masks and not of the best, for these shapes are not ambiguous, and the best of three can be right
-without looking at the prompt. A killed run goes on from its last checkpoint.
+there; but of all three masks and not of the best, for these shapes are not ambiguous, and the best of three can be
+right without looking at the prompt. A killed run goes on from its last checkpoint.
 """
 
 import argparse
