@@ -439,11 +439,16 @@ class TestProcesses:
         assert masks_of(folder / "predictions") == expected
 
     def test_two_processes_equal_one(self, command, expected, tmp_path):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sa2va_i.cli"]
-        subprocess.run(
-            [*launch, *command, "--out", str(tmp_path / "two")], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        """Through torchrun: `accelerate launch --cpu` starts one process, whatever number it is given."""
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "sa2va_i.cli"]
+        run = subprocess.run(
+            [*launch, *command, "--out", str(tmp_path / "two")],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         )
+        assert all(f"0/{share} " in run.stderr for share in (3, 2))  # a video each
         ours = masks_of(tmp_path / "two" / "predictions")
         assert ours.keys() == expected.keys()
         assert (tmp_path / "two" / "scores.json").is_file()

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -449,6 +452,24 @@ class TestRecipe:
         changed = {**settings, "trainer": {**settings["trainer"], "max_steps": 2, "bf16": True}}
         train(TrainConfig(**changed, out=str(tmp_path / "out"), dtype="bfloat16"))
         assert all(math.isfinite(entry["loss"]) for entry in logs)
+
+    def test_two_processes(self, settings, tmp_path):
+        """Through torchrun, one with masks and one without in some steps: both run every part, so neither waits."""
+        make_conversations(tmp_path)
+        talk = {"source": "conversations", "file": str(tmp_path / "llava.json"), "images": str(tmp_path), "repeats": 6}
+        changed = {**settings, "data": [*settings["data"], talk], "out": str(tmp_path / "out")}
+        changed["trainer"] = {**settings["trainer"], "max_steps": 4, "per_device_train_batch_size": 1}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "sa2va_i.cli", "train"]
+        subprocess.run(
+            [*launch, str(tmp_path / "config.yaml")],
+            check=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        )
+        state = json.loads((tmp_path / "out.run" / "checkpoint-4" / "trainer_state.json").read_text())
+        assert state["epoch"] == pytest.approx(4 / 9)  # 18 samples: two a step
+        Sa2VAiModel.from_pretrained(tmp_path / "out")
 
 
 class TestConfig:

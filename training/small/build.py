@@ -1,9 +1,9 @@
-"""The small Sa2VA-i before its training: the trained small SAM 2, a language model and a vision model from scratch.
+"""The small Sa2VA-i before its training: the trained small SAM 2 and vision model, and a language model from scratch.
 
-    python -m sa2va_i.training.small.build SAM2 OUT
+    python -m sa2va_i.training.small.build SAM2 VISION OUT
 
-SAM2: the folder of `train_sam2`. Its tokenizer is a byte-level BPE of the words of `training/wording.py` and
-`training/synthetic.py`; other words are spelled out in pieces.
+SAM2, VISION: the folders that `train_sam2` and `train_vision` made. The tokenizer is a byte-level BPE of the words of
+`training/wording.py` and `training/synthetic.py`; other words are spelled out in pieces.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import InternVLVisionModel, PreTrainedTokenizerFast
 
 from ...configuration_sa2va_i import Sa2VAiConfig
 from ...files import staged_folder
@@ -31,17 +31,6 @@ SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(IMG_START, IMG_END, IMG_CONTEXT, REGION_START, REGION_END, SEG, "<p>", "</p>"),
 )
-VISION = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "image_size": 96,
-    "patch_size": 8,
-    "attention_bias": True,
-    "use_mean_pooling": True,
-    "layer_scale_init_value": 1.0,
-}
 LANGUAGE = {
     "model_type": "qwen2",
     "vocab_size": VOCAB_SIZE,
@@ -86,10 +75,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(sam2: Sam2Propagator, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Sa2VAiModel:
+def build(
+    sam2: Sam2Propagator, vision: InternVLVisionModel, tokenizer: PreTrainedTokenizerFast, seed: int = 0
+) -> Sa2VAiModel:
     """The fine-tuned decoder starts as a copy of the original's, as in Sa2VA."""
     config = Sa2VAiConfig(
-        vision_config=VISION,
+        vision_config=vision.config.to_dict(),
         llm_config={**LANGUAGE, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
         sam2_config=sam2.config.to_dict(),
         seg_token_id=tokenizer.convert_tokens_to_ids(SEG),
@@ -100,12 +91,11 @@ def build(sam2: Sam2Propagator, tokenizer: PreTrainedTokenizerFast, seed: int = 
     )
     torch.manual_seed(seed)
     model = Sa2VAiModel(config)
-    for part in (model.vision_model, model.mlp1, model.language_model, model.text_hidden_fcs):
+    for part in (model.mlp1, model.language_model, model.text_hidden_fcs):
         for module in part.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-    nn.init.normal_(model.vision_model.embeddings.position_embeddings, std=0.1)
-    nn.init.normal_(model.vision_model.embeddings.cls_token, std=0.1)
+    model.vision_model.load_state_dict(vision.state_dict())
     model.propagator.load_state_dict(sam2.state_dict())
     model.grounding_encoder.load_state_dict(sam2.mask_decoder.state_dict())
     return model
@@ -114,10 +104,12 @@ def build(sam2: Sam2Propagator, tokenizer: PreTrainedTokenizerFast, seed: int = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sam2", type=Path)
+    parser.add_argument("vision", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     tokenizer = build_tokenizer()
-    model = build(Sam2Propagator.from_pretrained(arguments.sam2), tokenizer)
+    sam2, vision = Sam2Propagator.from_pretrained(arguments.sam2), InternVLVisionModel.from_pretrained(arguments.vision)
+    model = build(sam2, vision, tokenizer)
     with staged_folder(arguments.out) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)

@@ -2,18 +2,18 @@
 
     python -m sa2va_i.training.small.train_sam2 OUT
 
-First pairs of frames, then clips of eight: one to three frames of a clip are prompted with the true masks (some
-roughened), the others tracked by the very loop that inference runs. One frame of each clip is also decoded without
-memory from the shape's name, as embeddings that are thrown away afterwards: the encoder learns colours and kinds, and
-the decoder to be asked for them. Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the object is
-there; but of all three masks and not of the best, for these shapes are not ambiguous, and the best of three can be
-right without looking at the prompt. A killed run goes on from its last checkpoint.
+Three phases. Pixels: the image encoder alone learns kind, colour and size of the shape at each place of its three
+feature maps, by heads that are thrown away (Meta's encoder was pretrained too; from masks alone it learns slowly).
+Pairs of frames, then clips of six: one to three frames of a clip are prompted with the true masks (some roughened), the
+others tracked by the very loop that inference runs; two are also decoded without memory from the shape's name, as
+embeddings that are thrown away afterwards: the decoder learns to be asked. Losses as in SAM 2: of the masks, of the
+predicted IoU, and of whether the object is there; but of all three masks and not of the best, for these shapes are not
+ambiguous, and the best of three can be right without looking at the prompt. A killed run goes on from its last
+checkpoint.
 """
 
 import argparse
 import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,16 @@ from transformers import Sam2VideoConfig
 
 from ...processing_sa2va_i import SAM2_MEAN, SAM2_STD, to_pixel_values
 from ...sam2_propagator import DecodedMasks, FrameFeatures, ObjectTracker, Sam2Propagator, resize
-from ..synthetic import COLORS, KINDS, RADIUS, Scene, Shape
+from ..synthetic import Scene, Shape
+from .loop import Phase, run
+from .pixels import VOCABULARIES, PixelHeads, pixel_losses
 
 HERE = Path(__file__).parent
 LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edges
-PAIRS, CLIP = 2, 8  # frames of a clip, at first and then
-SCENES_OF_PAIRS = 2  # in a step
-NAMES = (*KINDS, *COLORS, *RADIUS)
+PAIRS, CLIP = 2, 6  # frames of a clip, at first and then
+SCENES_OF_PIXELS, SCENES_OF_PAIRS = 4, 2  # in a step
+NAMED_FRAMES = 2  # of a clip, decoded from names
+NAMES = sum(VOCABULARIES, ())
 
 
 def build_sam2(seed: int = 0) -> Sam2Propagator:
@@ -100,9 +103,10 @@ def scene_losses(sam2: Sam2Propagator, names: NamePrompts, seed: int, num_frames
     targets = F.interpolate(masks.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K, F, side, side)
     pyramid = sam2.encode_images(pixel_values)
     features = [sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid]) for idx in range(num_frames)]
-    named = int(random.integers(num_frames))
-    decoded = sam2.decode_seg(sam2.mask_decoder, features[named], names(scene.shapes))
-    losses = [frame_losses(decoded, targets[:, named])]
+    prompts_by_name, losses = names(scene.shapes), []
+    for idx in random.choice(num_frames, NAMED_FRAMES, replace=False):
+        decoded = sam2.decode_seg(sam2.mask_decoder, features[idx], prompts_by_name)
+        losses.append(frame_losses(decoded, targets[:, idx]))
     shown = masks[:, prompts].flatten(1).any(dim=1)  # a prompt that shows nothing can be followed nowhere
     if shown.any():
         losses += tracking_losses(sam2, random, features, masks[shown], targets[shown], prompts)
@@ -157,60 +161,39 @@ def frame_losses(decoded: DecodedMasks, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
-def learning_rate(step: int, num_steps: int, peak: float) -> float:
-    """Warm-up over 100 steps, then a cosine to 1 % of the peak."""
-    if step < 100:
-        return peak * (step + 1) / 100
-    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * (step - 100) / (num_steps - 100))) / 2)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--pixels", type=int, default=1000, help="steps of the image encoder alone")
     parser.add_argument("--pairs", type=int, default=2000, help="steps on pairs of frames")
-    parser.add_argument("--clips", type=int, default=3500, help="steps on clips of eight frames")
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--clips", type=int, default=2000, help="steps on clips of six frames")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=250)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     sam2 = build_sam2()
-    names = NamePrompts(sam2.config.mask_decoder_config.hidden_size)
-    trained = [*sam2.parameters(), *names.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    modules = {"sam2": sam2, "names": names, "optimizer": optimizer}
-    checkpoint, start = arguments.out / "checkpoint.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        start = state["step"]
-    num_steps = arguments.pairs + arguments.clips
-    began, seen = time.time(), []
-    for step in range(start, num_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps, arguments.lr)
-        is_pairs = step < arguments.pairs
-        num_scenes, num_frames = (SCENES_OF_PAIRS, PAIRS) if is_pairs else (1, CLIP)
-        for number in range(num_scenes):
-            losses = scene_losses(sam2, names, SCENES_OF_PAIRS * step + number, num_frames)
+    width = sam2.config.mask_decoder_config.hidden_size
+    names, heads = NamePrompts(width), PixelHeads([width] * 3)
+
+    def encode(images: list[Image.Image]) -> tuple[Tensor, ...]:
+        return sam2.encode_images(to_pixel_values(images, sam2.image_side, SAM2_MEAN, SAM2_STD))
+
+    def pixels(seed: int) -> dict[str, Tensor]:
+        losses = pixel_losses(encode, heads, range(seed, seed + SCENES_OF_PIXELS))
+        losses["pixels"].backward()
+        return losses
+
+    def scenes(seed: int, num_scenes: int, num_frames: int) -> dict[str, Tensor]:
+        for one in range(seed, seed + num_scenes):
+            losses = scene_losses(sam2, names, one, num_frames)
             (sum(loss for name, loss in losses.items() if name != "chosen_iou") / num_scenes).backward()
-        norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append([*(loss.item() for loss in losses.values()), norm.item()])
-        if (step + 1) % 50 == 0:
-            means = np.mean(seen[-50:], axis=0)
-            record = {name: round(float(mean), 4) for name, mean in zip((*losses, "norm"), means, strict=True)}
-            line = json.dumps({"step": step + 1, **record, "seconds": round(time.time() - began)})
-            print(line, flush=True)
-            with (arguments.out / "log.jsonl").open("a") as log:
-                log.write(line + "\n")
-        if (step + 1) % arguments.save_every == 0 or step + 1 == num_steps:
-            partial = checkpoint.with_suffix(".partial")
-            torch.save({name: module.state_dict() for name, module in modules.items()} | {"step": step + 1}, partial)
-            partial.replace(checkpoint)
+        return losses
+
+    phases = [
+        Phase("pixels", arguments.pixels, 1e-3, pixels),
+        Phase("pairs", arguments.pairs, 2e-4, lambda seed: scenes(seed, SCENES_OF_PAIRS, PAIRS)),
+        Phase("clips", arguments.clips, 2e-4, lambda seed: scenes(seed, 1, CLIP)),
+    ]
+    run(arguments.out, {"sam2": sam2, "names": names, "heads": heads}, phases)
     sam2.eval().save_pretrained(arguments.out / "sam2")
 
 
