@@ -326,7 +326,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         if labels is None:
             return output
         vocab_size = output.logits.shape[-1]
-        output.text_loss = self.loss_function(output.logits, labels, vocab_size=vocab_size)
+        output.text_loss = self.language_model.loss_function(output.logits, labels, vocab_size=vocab_size)
         output.loss = output.text_loss
         if masks is not None:
             seg_states = [

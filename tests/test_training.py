@@ -162,7 +162,10 @@ class TestData:
         sources = [(ReferringVideos(open_dataset("mevis-train", tmp_path), Draw(NUM_FRAMES, num_objects=3)), 1)]
         with pytest.raises(SampleError, match=rf"mevis-train/aaa(.|\n)*{message}"):
             Mixture(sources, 0)[0]
-        assert Mixture(sources, 0, "skip")[0].id == "mevis-train/bbb"
+        lenient = Mixture(sources, 0, "skip")
+        loader = torch.utils.data.DataLoader(lenient, collate_fn=list, num_workers=1)  # counts in another process
+        assert [sample.id for (sample,) in loader] == ["mevis-train/bbb"] * 2
+        assert lenient.num_skipped == 1
 
     def test_too_many_bad_samples_stop(self, tmp_path):
         MAKERS["mevis-train"](tmp_path)

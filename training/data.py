@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools import mask as coco
 from torch.utils.data import Dataset
@@ -246,7 +247,8 @@ class Mixture(Dataset):
     Args:
         sources: (source, repeats).
         seed: of what is drawn in a sample.
-        on_error: "stop" raises a `SampleError`; "skip" takes the next sample instead, with a warning.
+        on_error: "stop" raises a `SampleError`; "skip" takes the next sample instead, with a warning, and counts it in
+            `num_skipped`, a tensor that the workers of a data loader share.
     """
 
     def __init__(self, sources: Sequence[tuple[Source, int]], seed: int, on_error: str = "stop"):
@@ -254,6 +256,7 @@ class Mixture(Dataset):
             (source, index) for source, repeats in sources for _ in range(repeats) for index in range(len(source))
         ]
         self._seed, self._on_error = seed, on_error
+        self.num_skipped = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -266,6 +269,7 @@ class Mixture(Dataset):
             except SampleError as error:
                 if self._on_error == "stop":
                     raise
+                self.num_skipped += 1
                 logger.warning(f"Skipped: {error}")
         raise SampleError(f"{MAX_SKIPS} samples in a row are bad, the last of them {self.id_of(place)}.")
 

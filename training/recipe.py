@@ -7,19 +7,25 @@ from typing import Any
 
 import torch
 import yaml
+from peft import LoraModel
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
+from ..checkpoint_layout import some
 from ..evaluation.datasets import DATASETS, open_dataset
 from ..files import check_new_folder, staged_folder
 from ..loading import load
 from ..modeling_sa2va_i import Sa2VAiModel
 from ..publish import write_package
+from ..safetensors_io import TensorFiles, checkpoint_files
 from .data import Conversations, Draw, Mixture, ReferringImages, ReferringVideos, SampleError, Source, SyntheticScenes
 from .encode import Collator
 from .frames import FRAME_RULES
 from .parts import PARTS, Lora, merge, set_trained
+
+logger = logging.get_logger(__name__)
 
 PAPER = {  # TrainingArguments of the paper
     "learning_rate": 4e-5,
@@ -36,6 +42,7 @@ PAPER = {  # TrainingArguments of the paper
     "report_to": "none",
 }
 ON_ERROR = ("stop", "skip")
+LAST = "last"  # folder, in that of the run, of what the Trainer saves at the end
 
 
 @dataclass
@@ -109,27 +116,46 @@ def train(config: TrainConfig) -> Path:
     draw = Draw(config.num_frames, config.sampling, config.num_objects)
     sources = [(make_source(entry, draw), entry.get("repeats", 1)) for entry in config.data]
     arguments = TrainingArguments(output_dir=str(run), remove_unused_columns=False, **{**PAPER, **config.trainer})
-    model = load(config.model, dtype=config.dtype)
-    processor = model.processor
-    adapter = set_trained(model, config.trained, None if config.lora is None else Lora(**config.lora))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    model, _ = _model_to_train(config)
     trainer = Sa2VAiTrainer(
         model,
         arguments,
-        data_collator=Collator(processor, config.max_length, config.masks),
+        data_collator=Collator(model.processor, config.max_length, config.masks),
         train_dataset=Mixture(sources, arguments.seed, config.on_error),
         on_error=config.on_error,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run) if run.is_dir() else None)
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        _gather_into(model, trainer)
+    trainer.save_model(str(run / LAST))  # gathers what FSDP or DeepSpeed share out
+    trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
-        merge(model, adapter)
-        save(model, processor, out)
+        save_merged(config, run / LAST, out)
     trainer.accelerator.wait_for_everyone()
     return out
+
+
+def save_merged(config: TrainConfig, trained: Path, out: Path) -> None:
+    """Write weights that the Trainer saved, LoRA merged, with tokenizer and code as the folder `out`."""
+    model, adapter = _model_to_train(config)
+    state = dict(TensorFiles(checkpoint_files(trained)))
+    lacking, unknown = model.load_state_dict(state, strict=False)
+    lacking = set(lacking) - model.all_tied_weights_keys.keys()
+    if lacking or unknown:
+        raise ValueError(f"{trained} does not fit {config.model}: {some(sorted(lacking))} {some(sorted(unknown))}.")
+    merge(model, adapter)
+    with staged_folder(out) as staged:
+        model.to(model.config.dtype).save_pretrained(staged)
+        model.processor.tokenizer.save_pretrained(staged)
+        write_package(staged, model.config)
+
+
+def _model_to_train(config: TrainConfig) -> tuple[Sa2VAiModel, LoraModel | None]:
+    """The model with the parts that train in float32, and what `merge` takes."""
+    model = load(config.model, dtype=config.dtype)
+    adapter = set_trained(model, config.trained, None if config.lora is None else Lora(**config.lora))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model, adapter
 
 
 def make_source(entry: dict[str, Any], draw: Draw) -> Source:
@@ -158,21 +184,12 @@ def make_source(entry: dict[str, Any], draw: Draw) -> Source:
         raise ValueError(f"The settings {sorted(settings)} do not fit the source {name}: {error}") from error
 
 
-def save(model: Sa2VAiModel, processor: Any, out: Path) -> None:
-    """Write a trained model, its tokenizer and the code that loads it as the folder `out`."""
-    with staged_folder(out) as staged:
-        model.save_pretrained(staged)
-        processor.tokenizer.save_pretrained(staged)
-        write_package(staged, model.config)
-
-
 class Sa2VAiTrainer(Trainer):
     """transformers' Trainer; knows which samples a loss is of, and logs the losses one by one."""
 
     def __init__(self, *args, on_error: str = "stop", **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # each batch's loss is a mean
-        self.num_skipped = 0
         self._on_error = on_error
         self._parts: dict[str, list[Tensor]] = {}
 
@@ -194,20 +211,14 @@ class Sa2VAiTrainer(Trainer):
         if "loss" in logs:
             logs.update({name: torch.stack(values).mean().item() for name, values in self._parts.items()})
             self._parts.clear()
-        if self.num_skipped:
-            logs["num_skipped"] = self.num_skipped
+        if self.train_dataset.num_skipped:
+            logs["num_skipped"] = self.train_dataset.num_skipped.item()
         super().log(logs, *args, **kwargs)
 
     def _no_number(self, model: torch.nn.Module, loss: Tensor, sample_ids: list[str]) -> Tensor:
         """A loss of 0 in its place, whose gradients are 0 too."""
         if self._on_error == "stop":
             raise SampleError(f"The loss is {loss.item()} on the samples {', '.join(sample_ids)}.")
-        self.num_skipped += 1
+        self.train_dataset.num_skipped += 1
+        logger.warning(f"Skipped: the loss is {loss.item()} on the samples {', '.join(sample_ids)}.")
         return sum(0.0 * parameter.sum() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _gather_into(model: Sa2VAiModel, trainer: Trainer) -> None:
-    """Whole weights from those that FSDP or DeepSpeed share out."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.accelerator.is_main_process:
-        model.load_state_dict(state)

@@ -33,7 +33,7 @@ COLORS = {
     "purple": (150, 60, 185),
     "orange": (240, 130, 30),
 }
-RADIUS = {"small": (0.095, 0.115), "large": (0.165, 0.195)}  # of the picture's height
+RADIUS = {"small": (0.11, 0.125), "large": (0.18, 0.205)}  # of the picture's height
 TEXTURES = ("plain", "stripes", "checks")
 DIRECTIONS = ("left", "right", "up", "down")
 STILL = "still"
@@ -237,8 +237,8 @@ def _draw_shape(random: np.random.Generator, identity: tuple[str, str, str], eve
         visible_until,
         rgb=np.clip(np.array(COLORS[color]) + random.uniform(-15, 15, 3), 0, 255),
         texture=str(random.choice(TEXTURES)),
-        angle=random.uniform(0, 2 * math.pi),
-        spin=random.uniform(-2, 2),
+        angle=random.uniform(-0.3, 0.3),
+        spin=random.uniform(-0.4, 0.4),
     )
 
 
@@ -297,7 +297,7 @@ def _outline(kind: str) -> np.ndarray:
     radii = np.where(np.arange(corners) % 2, 0.45, 1.1) if kind == "star" else np.full(corners, 1.0)
     if kind == "triangle":
         radii = radii * 1.15
-    return radii[:, None] * np.stack([np.sin(angles), np.cos(angles)], axis=1)
+    return radii[:, None] * np.stack([-np.cos(angles), np.sin(angles)], axis=1)  # the first corner is on top
 
 
 def _draw(shape: Shape, time: float, size: tuple[int, int], oversample: int = 2) -> tuple[np.ndarray, np.ndarray]:

@@ -57,8 +57,13 @@ def pixel_losses(
     feature_maps = encode(images)
     losses, right = [], []
     for scores, level in zip(heads(feature_maps), feature_maps, strict=True):
-        targets = F.interpolate(labels, level.shape[-2:], mode="nearest").long()
+        targets = F.interpolate(labels.to(level.device), level.shape[-2:], mode="nearest").long()
         for of_words, target in zip(scores, targets.unbind(dim=1), strict=True):
-            losses.append(F.cross_entropy(of_words, target.to(of_words.device)))
-            right.append((of_words.argmax(dim=1).cpu() == target)[target > 0].float().mean())
+            losses.append(_balanced(F.cross_entropy(of_words, target, reduction="none"), target > 0))
+            right.append((of_words.argmax(dim=1) == target)[target > 0].float().mean())
     return {"pixels": torch.stack(losses).mean(), "right": torch.stack(right).mean()}
+
+
+def _balanced(values: Tensor, is_shape: Tensor) -> Tensor:
+    """The mean over the shapes' places and that over the background's, in equal parts."""
+    return (values[is_shape].mean() + values[~is_shape].mean()) / 2

@@ -164,9 +164,9 @@ def frame_losses(decoded: DecodedMasks, targets: Tensor) -> dict[str, Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--pixels", type=int, default=1000, help="steps of the image encoder alone")
-    parser.add_argument("--pairs", type=int, default=2000, help="steps on pairs of frames")
-    parser.add_argument("--clips", type=int, default=2000, help="steps on clips of six frames")
+    parser.add_argument("--pixels", type=int, default=4000, help="steps of the image encoder alone")
+    parser.add_argument("--pairs", type=int, default=3000, help="steps on pairs of frames")
+    parser.add_argument("--clips", type=int, default=3000, help="steps on clips of six frames")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

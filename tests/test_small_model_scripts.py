@@ -1,0 +1,142 @@
+"""The scripts that train the small model, a step each: from nothing to a Sa2VA-i that answers and is scored."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sa2va_i import Sa2VAiModel
+from sa2va_i.training import small
+from sa2va_i.training.recipe import TrainConfig, train
+from sa2va_i.training.small import build, evaluate_sam2, train_sam2, train_vision
+from sa2va_i.training.small.loop import Phase, run
+from sa2va_i.training.small.pixels import PixelHeads, labelled_frames, pixel_losses
+from sa2va_i.training.small.train_sam2 import build_sam2, frame_losses, sample_frames
+from sa2va_i.training.synthetic import Scene
+
+SMALL = Path(small.__file__).parent
+
+
+@pytest.fixture
+def call(monkeypatch):
+    def call(module, *arguments):
+        monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+        module.main()
+
+    return call
+
+
+def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
+    threads = ("--threads", torch.get_num_threads())
+    call(train_sam2, tmp_path / "sam2", "--pixels", 1, "--pairs", 1, "--clips", 1, *threads)
+    call(train_vision, tmp_path / "vision", "--steps", 1, *threads)
+    call(build, tmp_path / "sam2" / "sam2", tmp_path / "vision" / "vision", tmp_path / "untrained")
+    last = tmp_path / "untrained"
+    for stage in ("words", "masks"):
+        content = yaml.safe_load((SMALL / f"{stage}.yaml").read_text())
+        content.update(model=str(last), out=str(tmp_path / stage))
+        content["trainer"].update(max_steps=1, warmup_steps=0, per_device_train_batch_size=1, use_cpu=True)
+        last = train(TrainConfig(**content))
+    model = Sa2VAiModel.from_pretrained(last)
+    sam2 = train_sam2.Sam2Propagator.from_pretrained(tmp_path / "sam2" / "sam2").state_dict()
+    assert all(torch.equal(sam2[name], tensor) for name, tensor in model.propagator.state_dict().items())
+    started = model.propagator.mask_decoder.state_dict()  # of which the fine-tuned decoder is a copy that was trained
+    tuned = model.grounding_encoder.state_dict()
+    assert started.keys() == tuned.keys()
+    assert any(not torch.equal(started[name], tuned[name]) for name in started)
+    call(evaluate_sam2, last, "--scenes", 1, *threads)
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 <= scores["J&F"] <= 1
+    assert scores["objects"] >= 3
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    def train_for(steps: int, folder: Path) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+
+        def backward(seed: int) -> dict[str, torch.Tensor]:
+            loss = module(torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))).square().mean()
+            loss.backward()
+            return {"loss": loss}
+
+        run(folder, {"module": module}, [Phase("one", steps, 1e-2, backward)], save_every=3)
+        return module.weight
+
+    whole = train_for(6, tmp_path / "whole")
+    state = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 6
+    untouched = train_for(6, tmp_path / "whole")  # done already: nothing happens
+    torch.testing.assert_close(untouched, whole)
+
+    stopped = {"folder": tmp_path / "stopped"}
+    with pytest.raises(KeyboardInterrupt):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+
+        def killed(seed: int) -> dict[str, torch.Tensor]:
+            if seed >= 4 * 4:
+                raise KeyboardInterrupt
+            loss = module(torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))).square().mean()
+            loss.backward()
+            return {"loss": loss}
+
+        run(stopped["folder"], {"module": module}, [Phase("one", 6, 1e-2, killed)], save_every=3)
+    torch.testing.assert_close(train_for(6, stopped["folder"]), whole)
+
+
+def test_pixel_labels_are_those_of_the_shapes():
+    images, labels = labelled_frames([3])
+    assert len(images) == 2
+    assert labels.shape == (2, 3, 144, 192)
+    scene = Scene(3)
+    frame_idx = int(np.random.default_rng((3, 2)).choice(scene.num_frames, 2, replace=False)[0])
+    _, masks = scene.render(frame_idx)
+    for shape, mask in zip(scene.shapes, masks):
+        for of_words, words, word in zip(labels[0], small.pixels.VOCABULARIES, shape.identity):
+            assert (of_words.numpy()[mask] == words.index(word) + 1).all()
+    assert (labels[0].numpy()[:, ~masks.any(axis=0)] == 0).all()
+
+
+def test_pixel_losses_fall_when_the_answer_is_given():
+    """Feature maps that are the labels themselves, one channel a class, through heads that read them off."""
+    _, labels = labelled_frames([3])
+    heads = PixelHeads([15])
+    with torch.no_grad():
+        heads.levels[0].weight.copy_(30 * torch.eye(15)[:, :, None, None])
+        heads.levels[0].bias.zero_()
+    channels = [torch.nn.functional.one_hot(one.long(), size) for one, size in zip(labels.unbind(1), (5, 7, 3))]
+    features = torch.cat(channels, dim=-1).permute(0, 3, 1, 2).float()
+    perfect = pixel_losses(lambda images: [features], heads, [3])
+    wrong = pixel_losses(lambda images: [features.roll(1, dims=1)], heads, [3])
+    assert perfect["right"] == 1
+    assert perfect["pixels"] < 1e-3 < 1 < wrong["pixels"]
+
+
+def test_frames_of_a_clip():
+    for seed in range(100):
+        length, frames, prompts = sample_frames(np.random.default_rng(seed), 6)
+        assert len(frames) == 6
+        assert len(set(np.diff(frames))) == 1
+        assert 0 <= frames[0] < frames[-1] < length
+        assert 1 <= len(prompts) <= 3
+
+
+def test_a_right_mask_costs_less_than_a_wrong_one():
+    targets = torch.zeros(2, 96, 96)
+    targets[0, 20:60, 20:60] = 1  # the second object is not there
+    sam2 = build_sam2()
+    features = sam2.features_for(sam2.mask_decoder, sam2.encode_images(torch.zeros(1, 3, 192, 192)))
+    decoded = sam2.decode_seg(sam2.mask_decoder, features, torch.zeros(2, 128))
+    logits = torch.nn.functional.interpolate(targets[:, None], (48, 48)) * 20 - 10
+    right = decoded._replace(candidates=logits.expand(-1, 3, -1, -1), object_score_logits=torch.tensor([[9.0], [-9.0]]))
+    wrong = decoded._replace(
+        candidates=-logits.expand(-1, 3, -1, -1), object_score_logits=torch.tensor([[-9.0], [9.0]])
+    )
+    cheap, dear = frame_losses(right, targets), frame_losses(wrong, targets)
+    assert cheap["chosen_iou"] > 0.9 > 0.1 > dear["chosen_iou"]
+    for name in ("focal", "dice", "presence"):
+        assert cheap[name] < 0.2 < dear[name]
