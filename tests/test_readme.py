@@ -44,6 +44,8 @@ def folder(tmp_path_factory, video_file, frames, sources, converted) -> Path:
     shutil.copytree(sources / "sa2va", folder / "Sa2VA-4B")
     shutil.copytree(sources / "sa2va_i", folder / "Sa2VA-i-1B")
     shutil.copy(sources / "sam2.pt", folder / "sam2_hiera_large.pt")
+    (recipe,) = [code for language, code in BLOCKS if language == "yaml"]
+    (folder / "my-recipe.yaml").write_text(recipe)
     return folder
 
 
@@ -72,7 +74,14 @@ def test_command(command, folder, tmp_path, monkeypatch, sam2_config):
 
 def test_there_is_something_to_test():
     assert len(PYTHON) == 1
-    assert {shlex.split(command)[1] for command in COMMANDS} == {"segment", "convert", "evaluate", "info"}
+    assert {shlex.split(command)[1] for command in COMMANDS} == {
+        "segment",
+        "convert",
+        "evaluate",
+        "info",
+        "synthetic",
+        "train",
+    }
 
 
 def test_files_of_the_map_exist():
