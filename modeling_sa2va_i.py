@@ -66,8 +66,8 @@ class Sa2VAiOutput(ModelOutput):
     """What `Sa2VAiModel.forward` returns.
 
     loss: `text_loss` + 2.0 `mask_loss` + 0.5 `dice_loss`, as far as there are labels and masks.
-    logits: (B, L, vocab_size) of the next token.
-    past_key_values: the language model's cache.
+    logits: (B, L, vocab_size) of the next token; without labels alone, for they are the largest tensor of a training.
+    past_key_values: the language model's cache; without labels alone.
     text_loss, mask_loss, dice_loss: cross-entropy of the labels; cross-entropy and dice of the masks.
     """
 
@@ -319,23 +319,19 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             ValueError: K is another number than that of `[SEG]`.
         """
         embeddings = self.embed_prompt(input_ids, pixel_values, region_masks)
-        decoded = self.get_decoder()(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
-        output = Sa2VAiOutput(
-            logits=self.get_output_embeddings()(decoded.last_hidden_state), past_key_values=decoded.past_key_values
+        decoded = self.get_decoder()(
+            inputs_embeds=embeddings, attention_mask=attention_mask, **{"use_cache": labels is None, **kwargs}
         )
+        states, head = decoded.last_hidden_state, self.get_output_embeddings()
         if labels is None:
-            return output
-        vocab_size = output.logits.shape[-1]
-        output.text_loss = self.language_model.loss_function(output.logits, labels, vocab_size=vocab_size)
-        output.loss = output.text_loss
-        if masks is not None:
-            seg_states = [
-                states[of_prompt == self.config.seg_token_id]
-                for states, of_prompt in zip(decoded.last_hidden_state, labels, strict=True)
-            ]
-            output.mask_loss, output.dice_loss = self._mask_losses(seg_states, sam2_pixel_values, masks)
-            output.loss = output.loss + MASK_WEIGHT * output.mask_loss + DICE_WEIGHT * output.dice_loss
-        return output
+            return Sa2VAiOutput(logits=head(states), past_key_values=decoded.past_key_values)
+        text_loss = _next_token_loss(states, labels.to(states.device), head)
+        if masks is None:
+            return Sa2VAiOutput(loss=text_loss, text_loss=text_loss)
+        seg_states = [of_prompt[ids == self.config.seg_token_id] for of_prompt, ids in zip(states, labels, strict=True)]
+        mask_loss, dice_loss = self._mask_losses(seg_states, sam2_pixel_values, masks)
+        loss = text_loss + MASK_WEIGHT * mask_loss + DICE_WEIGHT * dice_loss
+        return Sa2VAiOutput(loss=loss, text_loss=text_loss, mask_loss=mask_loss, dice_loss=dice_loss)
 
     def _mask_losses(
         self, seg_states: Sequence[Tensor], sam2_pixel_values: Sequence[Tensor], masks: Sequence[Tensor]
@@ -761,6 +757,16 @@ def select_seg_states(states: Tensor, token_ids: Tensor, seg_token_id: int) -> T
     """
     is_seg = (token_ids[:-1] == seg_token_id).to(states.device)
     return states[1:][is_seg]
+
+
+def _next_token_loss(states: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """Cross-entropy of the labels, a mean over those that are not -100; `head` sees no other state.
+
+    Args:
+        states: (B, L, hidden_size); each predicts the label one position on.
+    """
+    is_learnt = labels[:, 1:] != -100
+    return nn.functional.cross_entropy(head(states[:, :-1][is_learnt]).float(), labels[:, 1:][is_learnt])
 
 
 def initial_masks(decoded: DecodedMasks, original_size: tuple[int, int]) -> Tensor:

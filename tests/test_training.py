@@ -251,9 +251,12 @@ class TestForward:
             expected = small_model.language_model(
                 inputs_embeds=embeddings, attention_mask=batch["attention_mask"], labels=batch["labels"]
             )
+            plain = small_model(**{**batch, "labels": None})
         torch.testing.assert_close(output.loss, expected.loss)
-        torch.testing.assert_close(output.logits, expected.logits)
+        assert output.logits is None
         assert output.mask_loss is None
+        torch.testing.assert_close(plain.logits, expected.logits)
+        assert plain.loss is None
 
     def test_masks_are_decoded_as_in_use(self, small_model, small_processor, sample, answering):
         """The same [SEG] states, and the same initial masks, as `predict_forward` gives for the same answer."""
