@@ -22,7 +22,7 @@ from ..evaluation.datasets import ReferringDataset, frame_size
 from ..files import read_json
 from ..processing_sa2va_i import IMAGE_TOKEN, SEG, load_image
 from .frames import FRAME_RULES
-from .synthetic import HELD_OUT, STILL, Scene
+from .synthetic import HELD_OUT, STILL, Scene, SyntheticExpression
 from .wording import DESCRIPTION_QUESTIONS, answer, named_answer, question, with_image
 
 logger = logging.get_logger(__name__)
@@ -220,11 +220,9 @@ class SyntheticScenes(Source):
             self.id_of(index), [Image.fromarray(frame) for frame in frames], _with_image(random, turns), masks
         )
 
-    def _expressions(self, random: np.random.Generator, scene: Scene) -> list:
+    def _expressions(self, random: np.random.Generator, scene: Scene) -> list[SyntheticExpression]:
         """Each kind of need as often as the others, as far as the scene has expressions of it."""
-        by_need: dict[str, list] = {}
-        for expression in scene.expressions():
-            by_need.setdefault(expression.needs, []).append(expression)
+        by_need = scene.expressions_by_need()
         needs = random.permutation(sorted(by_need)).tolist()
         wanted = [needs[number % len(needs)] for number in range(self._draw.num_objects)]
         return [by_need[need][int(random.integers(len(by_need[need])))] for need in wanted]

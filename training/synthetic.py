@@ -131,6 +131,13 @@ class Scene:
         """Everything that can be asked about the scene in these words."""
         return [*self._by_appearance(), *self._by_motion(), *self._by_time(), *self._several()]
 
+    def expressions_by_need(self) -> dict[str, list[SyntheticExpression]]:
+        """The same, by what they need, as far as the scene has any of it."""
+        by_need: dict[str, list[SyntheticExpression]] = {}
+        for expression in self.expressions():
+            by_need.setdefault(expression.needs, []).append(expression)
+        return by_need
+
     def _where(self, **fields: str) -> tuple[int, ...]:
         return tuple(
             index
@@ -377,11 +384,8 @@ def write_mevis(folder: str | Path, seeds: Sequence[int], split: str = "valid_u"
 def choose_expressions(scene: Scene, per_need: int) -> list[SyntheticExpression]:
     """Up to `per_need` expressions of each kind of need, by the scene's seed."""
     random = np.random.default_rng((scene.seed, scene.num_frames))
-    by_need: dict[str, list[SyntheticExpression]] = {}
-    for expression in scene.expressions():
-        by_need.setdefault(expression.needs, []).append(expression)
     chosen = []
-    for expressions in by_need.values():
+    for expressions in scene.expressions_by_need().values():
         order = random.permutation(len(expressions))[:per_need]
         chosen += [expressions[index] for index in sorted(order)]
     return chosen
