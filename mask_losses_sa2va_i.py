@@ -24,15 +24,15 @@ def mask_losses(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         points = uncertain_points(logits)
         targets = read_points(masks.to(logits.dtype), points)
     values = read_points(logits, points)
-    return F.binary_cross_entropy_with_logits(values, targets), dice_loss(values, targets)
+    return F.binary_cross_entropy_with_logits(values, targets), dice_losses(values, targets).mean()
 
 
-def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 less the dice of probabilities (N, P), with sums that are not squared ("naive"); a mean over N."""
+def dice_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """(...), 1 less the dice of probabilities (..., P), with sums that are not squared ("naive")."""
     probabilities = logits.sigmoid()
-    overlap = (probabilities * targets).sum(dim=1)
-    total = probabilities.sum(dim=1) + targets.sum(dim=1)
-    return (1 - (2 * overlap + DICE_EPS) / (total + DICE_EPS)).mean()
+    overlap = (probabilities * targets).sum(dim=-1)
+    total = probabilities.sum(dim=-1) + targets.sum(dim=-1)
+    return 1 - (2 * overlap + DICE_EPS) / (total + DICE_EPS)
 
 
 def uncertain_points(logits: Tensor) -> Tensor:

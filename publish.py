@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from .configuration_sa2va_i import Sa2VAiConfig
-from .files import read_json
+from .files import read_json, staged_folder
+from .modeling_sa2va_i import Sa2VAiModel
 from .processing_sa2va_i import Sa2VAiProcessor
 
 CARDS = Path(__file__).parent / "hub_cards"
@@ -31,6 +32,14 @@ DATASETS = {  # of the paper: its name and its type on the Hub
     "ref-youtube-vos": ("Ref-YT-VOS", "ref-youtube-vos"),
     "ref-davis17": ("Ref-DAVIS17", "ref-davis17"),
 }
+
+
+def save_package(model: Sa2VAiModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a model, its tokenizer and the code that loads it as the folder `out`."""
+    with staged_folder(out) as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        write_package(staged, model.config)
 
 
 def write_package(folder: Path, config: Sa2VAiConfig) -> None:

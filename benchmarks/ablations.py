@@ -1,6 +1,6 @@
 """The paper's ablations (arXiv:2509.19082, Tables 3 to 6) in miniature: the small model on held-out synthetic scenes.
 
-    python benchmarks/ablations.py
+    python benchmarks/ablations.py --model MODEL
     python benchmarks/ablations.py --model MODEL --scenes 200 --groups 5
 
 Every row sees the same scenes, with one expression each of appearance, motion, time and several targets. The scenes are
@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sa2va_i import Sa2VAiModel, load
-from sa2va_i.evaluation.metrics import boundary_accuracy, region_similarity
-from sa2va_i.evaluation.runner import expression_prompt
+from sa2va_i.evaluation.metrics import j_and_f
+from sa2va_i.evaluation.runner import expression_prompt, with_empty_frames
 from sa2va_i.training.synthetic import HELD_OUT, Scene, choose_expressions
 
 BASE = {"decoding": "consistent", "sampling": "uniform", "sample_num_frames": 5, "max_prompt_frames": None}
@@ -46,16 +46,12 @@ def score_scene(model: Sa2VAiModel, scene: Scene, options: dict) -> dict[str, fl
         max_new_tokens=64,
         **options,
     )
-    predicted = np.zeros((len(expressions), *masks.shape[1:]), dtype=bool)
-    for frame_idx, of_frame in segmentations:
-        for number, of_expression in enumerate(of_frame):
-            if len(of_expression):
-                predicted[number, frame_idx] = of_expression[0]
+    by_frame = [of_frame for _, of_frame in with_empty_frames(segmentations, scene.size)]
+    predicted = [np.stack(of_expression) > 0 for of_expression in zip(*by_frame, strict=True)]
     scores = {}
     for expression, prediction in zip(expressions, predicted, strict=True):
         truth = masks[list(expression.targets)].any(axis=0)
-        j, f = region_similarity(truth, prediction).mean(), boundary_accuracy(truth, prediction).mean()
-        scores[expression.needs] = 100 * float(j + f) / 2
+        scores[expression.needs] = 100 * statistics.fmean(j_and_f(truth, prediction))
     return scores
 
 
@@ -73,7 +69,7 @@ def score(model: Sa2VAiModel, seeds: range, options: dict, num_groups: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="small")
+    parser.add_argument("--model", required=True)
     parser.add_argument("--scenes", type=int, default=30)
     parser.add_argument("--groups", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

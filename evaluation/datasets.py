@@ -75,7 +75,16 @@ class ReferringDataset(ABC):
         Raises:
             ValueError: a mask has another size than the frames, or the expression names no object.
         """
-        raise NotImplementedError(f"The masks of {self.name} are not public: submit to its server.")
+        if not self.has_truth:
+            raise NotImplementedError(f"The masks of {self.name} are not public: submit to its server.")
+        if not expression.targets:
+            raise ValueError(f"Expression {expression.id} of {video.name} ({expression.text!r}) names no object.")
+        return self._truth(video, expression, frame_indices)
+
+    @abstractmethod
+    def _truth(
+        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None
+    ) -> np.ndarray: ...
 
     def _videos(self, metadata: Path, images: Path, skip: Sequence[str] = ()) -> list[ReferredVideo]:
         return [
@@ -129,11 +138,7 @@ class MeViS(ReferringDataset):
     def _masks(self) -> dict[str, list[dict | None]]:
         return read_json(self.root / self.split / "mask_dict.json")
 
-    def truth(
-        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
-    ) -> np.ndarray:
-        if not self.has_truth:
-            return super().truth(video, expression, frame_indices)
+    def _truth(self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None) -> np.ndarray:
         return _union(self._masks, video, expression, frame_indices)
 
 
@@ -151,10 +156,7 @@ class LabelledFrames(ReferringDataset):
             raise ValueError(f"Labels in {folder} are of size {labels.shape[1:]}, and the frames {frame_size(video)}.")
         return labels
 
-    def truth(
-        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
-    ) -> np.ndarray:
-        _check_targets(video, expression)
+    def _truth(self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None) -> np.ndarray:
         return np.isin(self.label_maps(video, frame_indices), list(map(int, expression.targets)))
 
 
@@ -195,13 +197,6 @@ class RefYouTubeVOS(LabelledFrames):
             Expression(key, fields["exp"], targets=(str(fields["obj_id"]),) if "obj_id" in fields else ())
             for key, fields in expressions.items()
         ]
-
-    def truth(
-        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
-    ) -> np.ndarray:
-        if not self.has_truth:
-            return ReferringDataset.truth(self, video, expression, frame_indices)
-        return super().truth(video, expression, frame_indices)
 
 
 class RefDAVIS17(LabelledFrames):
@@ -274,9 +269,7 @@ class ReVOS(ReferringDataset):
     def _foreground(self) -> dict[str, dict[str, list]]:
         return read_json(self.root / "mask_dict_foreground.json")
 
-    def truth(
-        self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None = None
-    ) -> np.ndarray:
+    def _truth(self, video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None) -> np.ndarray:
         return _union(self._masks, video, expression, frame_indices)
 
     def foreground(self, video: ReferredVideo) -> np.ndarray:
@@ -314,7 +307,6 @@ def _union(
     masks: dict[str, list[Any]], video: ReferredVideo, expression: Expression, frame_indices: Sequence[int] | None
 ) -> np.ndarray:
     """The masks of an expression's objects as one, from run-length codes by object."""
-    _check_targets(video, expression)
     objects = [masks[target] for target in expression.targets]
     if frame_indices is not None:
         objects = [[codes[idx] for idx in frame_indices] for codes in objects]
@@ -322,8 +314,3 @@ def _union(
         return union_of(objects, frame_size(video))
     except ValueError as error:
         raise ValueError(f"The masks of {video.name}, expression {expression.id}, do not fit: {error}") from error
-
-
-def _check_targets(video: ReferredVideo, expression: Expression) -> None:
-    if not expression.targets:
-        raise ValueError(f"Expression {expression.id} of {video.name} ({expression.text!r}) names no object.")

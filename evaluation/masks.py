@@ -13,6 +13,12 @@ def to_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": code["size"], "counts": code["counts"].decode()}
 
 
+def decode(code: Any) -> np.ndarray:
+    """(height, width) bool of a code, or of a list of codes as one."""
+    decoded = coco.decode(code)
+    return decoded.any(axis=2) if decoded.ndim == 3 else decoded.astype(bool)
+
+
 def union_of(objects: Sequence[Sequence[Any]], size: tuple[int, int]) -> np.ndarray:
     """(T, height, width) bool masks of several objects as one.
 
@@ -27,8 +33,8 @@ def union_of(objects: Sequence[Sequence[Any]], size: tuple[int, int]) -> np.ndar
     for codes in objects:
         for frame_idx, code in enumerate(codes):
             if code:
-                decoded = coco.decode(code)
-                if decoded.shape[:2] != tuple(size):
-                    raise ValueError(f"the mask of frame {frame_idx} is of size {decoded.shape[:2]}, not {size}.")
-                masks[frame_idx] |= decoded.any(axis=2) if decoded.ndim == 3 else decoded.astype(bool)
+                decoded = decode(code)
+                if decoded.shape != tuple(size):
+                    raise ValueError(f"the mask of frame {frame_idx} is of size {decoded.shape}, not {size}.")
+                masks[frame_idx] |= decoded
     return masks

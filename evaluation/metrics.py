@@ -22,6 +22,11 @@ def boundary_accuracy(truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     return np.array([_boundary_f1(*frames, disk) for frames in zip(truth, prediction, strict=True)])
 
 
+def j_and_f(truth: np.ndarray, prediction: np.ndarray) -> tuple[float, float]:
+    """J and F, means over frames."""
+    return float(region_similarity(truth, prediction).mean()), float(boundary_accuracy(truth, prediction).mean())
+
+
 def robustness(truth: np.ndarray, prediction: np.ndarray, foreground: np.ndarray) -> np.ndarray:
     """R, (T,): 1 less the wrongly predicted area over the area of all objects of the video, at least 0 (ReVOS).
 

@@ -18,7 +18,7 @@ from ..files import read_json, write_json
 from ..overlay import draw_overlay
 from ..publish import read_paper
 from .datasets import Expression, RefDAVIS17, ReferredVideo, ReferringDataset, ReVOS
-from .metrics import boundary_accuracy, region_similarity, robustness
+from .metrics import j_and_f, robustness
 from .runner import expressions_left, read_masks, read_probabilities
 
 BACKGROUND = 0.1  # what a probability must beat to be an object in Ref-DAVIS17's label maps
@@ -177,7 +177,7 @@ def _score_expression(
         video.name,
         expression.id,
         expression.split,
-        *_j_and_f(truth, prediction),
+        *j_and_f(truth, prediction),
         None if foreground is None else float(robustness(truth, prediction, foreground).mean()),
     )
 
@@ -191,13 +191,8 @@ def _score_annotators(dataset: RefDAVIS17, folder: Path, video: ReferredVideo) -
         labels = label_maps(np.stack([read_probabilities(folder, video, one) for one in expressions]))
         for label, expression in enumerate(expressions, start=1):
             of_object = truth == int(expression.targets[0])
-            scores.append(Score(video.name, expression.id, "", *_j_and_f(of_object, labels == label)))
+            scores.append(Score(video.name, expression.id, "", *j_and_f(of_object, labels == label)))
     return scores
-
-
-def _j_and_f(truth: np.ndarray, prediction: np.ndarray) -> tuple[float, float]:
-    """Means over frames."""
-    return float(region_similarity(truth, prediction).mean()), float(boundary_accuracy(truth, prediction).mean())
 
 
 def label_maps(probabilities: np.ndarray) -> np.ndarray:

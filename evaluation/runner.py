@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..files import read_json, staged_folder, write_json
-from ..modeling_sa2va_i import Sa2VAiModel
+from ..modeling_sa2va_i import Sa2VAiModel, VideoSegmentations
 from .datasets import Expression, RefDAVIS17, ReferredVideo, ReferringDataset, frame_size
 
 
@@ -121,21 +121,23 @@ def predict_video(
             stack.enter_context(_ExpressionWriter(prediction_folder(folder, video, expression), video, is_soft))
             for expression in expressions
         ]
-        for frame_idx, masks in with_empty_frames(segmentations, video):
+        for frame_idx, masks in with_empty_frames(segmentations, frame_size(video)):
             for writer, mask in zip(writers, masks, strict=True):
                 writer.write(frame_idx, mask)
         for writer, prediction in zip(writers, segmentations.predictions, strict=True):
             writer.finish({"prediction": prediction, "sample_idx": segmentations.sample_idx})
 
 
-def with_empty_frames(segmentations: Any, video: ReferredVideo) -> Iterator[tuple[int, list[np.ndarray]]]:
+def with_empty_frames(
+    segmentations: VideoSegmentations, size: tuple[int, int]
+) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(frame_idx, one (height, width) mask per expression): the first `[SEG]`'s, empty where there is none.
 
     One mask an expression, as in the original's evaluation.
     """
-    empty = np.zeros(frame_size(video), dtype=np.float32)
+    empty = np.zeros(size, dtype=np.float32)
     if not any(segmentations.num_objects):
-        for frame_idx in range(len(video.frames)):
+        for frame_idx in range(segmentations.num_frames):
             yield frame_idx, [empty] * len(segmentations.num_objects)
     for frame_idx, masks in segmentations:
         yield frame_idx, [of_expression[0] if len(of_expression) else empty for of_expression in masks]

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..evaluation.datasets import ReferringDataset, frame_size
+from ..evaluation.masks import decode
 from ..files import read_json
 from ..processing_sa2va_i import IMAGE_TOKEN, SEG, load_image
 from .frames import FRAME_RULES
@@ -295,9 +296,7 @@ def _with_image(random: np.random.Generator, turns: list[tuple[str, str]]) -> li
 
 def _polygon_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:
     """(height, width) bool from COCO's polygons or run-length code."""
-    codes = coco.frPyObjects(segmentation, *size)
-    mask = coco.decode(codes)
-    mask = mask.any(axis=2) if mask.ndim == 3 else mask.astype(bool)
+    mask = decode(coco.frPyObjects(segmentation, *size))
     if mask.shape != size:
         raise ValueError(f"its mask is of size {mask.shape}, and the image of {size}.")
     return mask

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from ..checkpoint_layout import some
 from ..evaluation.datasets import DATASETS, open_dataset
-from ..files import check_new_folder, staged_folder
+from ..files import check_new_folder
 from ..loading import load
 from ..modeling_sa2va_i import Sa2VAiModel
-from ..publish import write_package
+from ..publish import save_package
 from ..safetensors_io import TensorFiles, checkpoint_files
 from .data import Conversations, Draw, Mixture, ReferringImages, ReferringVideos, SampleError, Source, SyntheticScenes
 from .encode import Collator
@@ -142,10 +142,7 @@ def save_merged(config: TrainConfig, trained: Path, out: Path) -> None:
     if lacking or unknown:
         raise ValueError(f"{trained} does not fit {config.model}: {some(sorted(lacking))} {some(sorted(unknown))}.")
     merge(model, adapter)
-    with staged_folder(out) as staged:
-        model.to(model.config.dtype).save_pretrained(staged)
-        model.processor.tokenizer.save_pretrained(staged)
-        write_package(staged, model.config)
+    save_package(model.to(model.config.dtype), model.processor.tokenizer, out)
 
 
 def _model_to_train(config: TrainConfig) -> tuple[Sa2VAiModel, LoraModel | None]:

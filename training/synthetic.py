@@ -269,7 +269,7 @@ def _exit_path(random: np.random.Generator, radius: float, width: float) -> np.n
     """Out over a border, gone for a while around the middle of the video, and back in."""
     extent = np.array([1.0, width])
     axis, far_side = int(random.integers(2)), bool(random.integers(2))
-    inside, outside = random.uniform(radius, extent - radius, (2, 2)), None
+    inside = random.uniform(radius, extent - radius, (2, 2))
     depth = random.uniform(1.2, 2.5, 2) * radius
     inside[:, axis] = extent[axis] - depth if far_side else depth
     outside = inside.copy()

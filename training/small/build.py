@@ -17,10 +17,9 @@ from torch import nn
 from transformers import InternVLVisionModel, PreTrainedTokenizerFast
 
 from ...configuration_sa2va_i import Sa2VAiConfig
-from ...files import staged_folder
 from ...modeling_sa2va_i import Sa2VAiModel
 from ...processing_sa2va_i import IMG_CONTEXT, IMG_END, IMG_START, REGION_END, REGION_START, SEG
-from ...publish import write_package
+from ...publish import save_package
 from ...sam2_propagator import Sam2Propagator
 from ..data import describe_scene
 from ..synthetic import Scene
@@ -110,10 +109,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     sam2, vision = Sam2Propagator.from_pretrained(arguments.sam2), InternVLVisionModel.from_pretrained(arguments.vision)
     model = build(sam2, vision, tokenizer)
-    with staged_folder(arguments.out) as staged:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        write_package(staged, model.config)
+    save_package(model, tokenizer, arguments.out)
     sizes = {name: sum(one.numel() for one in part.parameters()) for name, part in model.named_children()}
     print(f"{sum(sizes.values()) / 1e6:.2f} M parameters: {sizes}")
 

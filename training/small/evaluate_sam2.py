@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ...evaluation.metrics import boundary_accuracy, region_similarity
+from ...evaluation.metrics import j_and_f
 from ...files import read_json
 from ...modeling_sa2va_i import Sa2VAiModel
 from ...processing_sa2va_i import SAM2_MEAN, SAM2_STD, to_pixel_values
@@ -43,9 +43,7 @@ def score_scene(sam2: Sam2Propagator, scene: Scene) -> list[tuple[float, float]]
         ]
         for number, shape in enumerate(shapes):
             truth, prediction = masks[shape, first + 1 :], np.stack([one[number] for one in predicted[1:]])
-            scores.append(
-                (region_similarity(truth, prediction).mean().item(), boundary_accuracy(truth, prediction).mean().item())
-            )
+            scores.append(j_and_f(truth, prediction))
     return scores
 
 

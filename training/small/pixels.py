@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..synthetic import COLORS, KINDS, RADIUS, Scene
+from .loop import SEEDS_OF_STEP, Phase
 
 VOCABULARIES = (tuple(KINDS), tuple(COLORS), tuple(RADIUS))  # in the order of `Shape.identity`
 FRAMES_OF_SCENE = 2
@@ -62,6 +63,17 @@ def pixel_losses(
             losses.append(_balanced(F.cross_entropy(of_words, target, reduction="none"), target > 0))
             right.append((of_words.argmax(dim=1) == target)[target > 0].float().mean())
     return {"pixels": torch.stack(losses).mean(), "right": torch.stack(right).mean()}
+
+
+def pixel_phase(encode: Callable[[list[Image.Image]], Sequence[Tensor]], heads: PixelHeads, num_steps: int) -> Phase:
+    """Training by `pixel_losses`, all seeds of a step in one batch."""
+
+    def backward(seed: int) -> dict[str, Tensor]:
+        losses = pixel_losses(encode, heads, range(seed, seed + SEEDS_OF_STEP))
+        losses["pixels"].backward()
+        return losses
+
+    return Phase("pixels", num_steps, 1e-3, backward)
 
 
 def _balanced(values: Tensor, is_shape: Tensor) -> Tensor:

@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Sam2VideoConfig
 
+from ...mask_losses_sa2va_i import dice_losses
 from ...processing_sa2va_i import SAM2_MEAN, SAM2_STD, to_pixel_values
 from ...sam2_propagator import DecodedMasks, FrameFeatures, ObjectTracker, Sam2Propagator, resize
 from ..synthetic import Scene, Shape
 from .loop import Phase, run
-from .pixels import VOCABULARIES, PixelHeads, pixel_losses
+from .pixels import VOCABULARIES, PixelHeads, pixel_phase
 
 HERE = Path(__file__).parent
 LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edges
 PAIRS, CLIP = 2, 6  # frames of a clip, at first and then
-SCENES_OF_PIXELS, SCENES_OF_PAIRS = 4, 2  # in a step
+SCENES_OF_PAIRS = 2  # in a step
 NAMED_FRAMES = 2  # of a clip, decoded from names
 NAMES = sum(VOCABULARIES, ())
 
@@ -146,8 +147,7 @@ def frame_losses(decoded: DecodedMasks, targets: Tensor) -> dict[str, Tensor]:
     probabilities = logits.sigmoid()
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     focal = (cross_entropy * (probabilities - targets).square()).mean(dim=(2, 3))
-    overlap = (probabilities * targets).sum(dim=(2, 3))
-    dice = 1 - (2 * overlap + 1) / (probabilities.sum(dim=(2, 3)) + targets.sum(dim=(2, 3)) + 1)
+    dice = dice_losses(logits.flatten(2), targets.flatten(2))
     with torch.no_grad():
         predicted, true = logits > 0, targets > 0.5
         iou = (predicted & true).sum(dim=(2, 3)) / (predicted | true).sum(dim=(2, 3)).clamp(min=1)
@@ -177,11 +177,6 @@ def main() -> None:
     def encode(images: list[Image.Image]) -> tuple[Tensor, ...]:
         return sam2.encode_images(to_pixel_values(images, sam2.image_side, SAM2_MEAN, SAM2_STD))
 
-    def pixels(seed: int) -> dict[str, Tensor]:
-        losses = pixel_losses(encode, heads, range(seed, seed + SCENES_OF_PIXELS))
-        losses["pixels"].backward()
-        return losses
-
     def scenes(seed: int, num_scenes: int, num_frames: int) -> dict[str, Tensor]:
         for one in range(seed, seed + num_scenes):
             losses = scene_losses(sam2, names, one, num_frames)
@@ -189,7 +184,7 @@ def main() -> None:
         return losses
 
     phases = [
-        Phase("pixels", arguments.pixels, 1e-3, pixels),
+        pixel_phase(encode, heads, arguments.pixels),
         Phase("pairs", arguments.pairs, 2e-4, lambda seed: scenes(seed, SCENES_OF_PAIRS, PAIRS)),
         Phase("clips", arguments.clips, 2e-4, lambda seed: scenes(seed, 1, CLIP)),
     ]

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from ...processing_sa2va_i import IMAGENET_MEAN, IMAGENET_STD, to_pixel_values
-from .loop import Phase, run
-from .pixels import PixelHeads, pixel_losses
+from .loop import run
+from .pixels import PixelHeads, pixel_phase
 
-NUM_SCENES = 4  # in a step
 VISION = {
     "hidden_size": 128,
     "intermediate_size": 512,
@@ -56,12 +55,7 @@ def main() -> None:
         patches = model(pixel_values).last_hidden_state[:, 1:]
         return [patches.transpose(1, 2).unflatten(2, (side, side))]
 
-    def pixels(seed: int) -> dict[str, Tensor]:
-        losses = pixel_losses(encode, heads, range(seed, seed + NUM_SCENES))
-        losses["pixels"].backward()
-        return losses
-
-    run(arguments.out, {"vision": model, "heads": heads}, [Phase("pixels", arguments.steps, 1e-3, pixels)])
+    run(arguments.out, {"vision": model, "heads": heads}, [pixel_phase(encode, heads, arguments.steps)])
     model.eval().save_pretrained(arguments.out / "vision")
 
 
