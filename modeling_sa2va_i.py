@@ -14,7 +14,7 @@ Words, used everywhere:
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,16 +104,60 @@ class CallOptions:
         check_decoding_options(self.sample_num_frames, self.sampling, self.decoding, self.max_prompt_frames)
 
 
+class EncodedVideo(Video):
+    """A video of which one model's encodings are kept, on the CPU, for the questions to come.
+
+    Made by `Sa2VAiModel.encode_video`, and given wherever a video is taken.
+    """
+
+    def __init__(self, video: Video, max_kept_frames: int):
+        self._video = video
+        self.fps, self.num_frames, self.original_size = video.fps, video.num_frames, video.original_size
+        self._max_kept_frames = max_kept_frames
+        self._frames: dict[tuple[int, ...], list[Image.Image]] = {}
+        self._image_features: dict[tuple[int, ...], Tensor] = {}
+        self._pyramids: dict[int, tuple[Tensor, ...]] = {}
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self._video)
+
+    def frames_at(self, indices: Sequence[int]) -> list[Image.Image]:
+        """As `Video.frames_at`; decoded once."""
+        key = tuple(indices)
+        if key not in self._frames:
+            self._frames[key] = self._video.frames_at(indices)
+        return self._frames[key]
+
+    def image_features(self, indices: Sequence[int], encode: Callable[[], Tensor]) -> Tensor:
+        """Visual tokens of the sampled frames at `indices`: those that are kept, or else what `encode` gives."""
+        key = tuple(indices)
+        if key not in self._image_features:
+            self._image_features[key] = encode().cpu()
+        return self._image_features[key]
+
+    def feature_pyramid(self, frame_idx: int, encode: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """SAM 2's features of a frame: those that are kept, or else what `encode` gives."""
+        if frame_idx in self._pyramids:
+            return self._pyramids[frame_idx]
+        pyramid = encode()
+        if len(self._pyramids) < self._max_kept_frames:
+            self._pyramids[frame_idx] = tuple(level.cpu() for level in pyramid)
+        return pyramid
+
+
 @dataclass
 class SampledVideo:
     """A video with its sampled frames: their indices, increasing, and the frames themselves."""
 
-    video: Video
+    video: EncodedVideo
     indices: list[int]
     frames: list[Image.Image]
 
     @classmethod
     def sample(cls, video: Video, options: CallOptions) -> "SampledVideo":
+        """`video` keeps no encoding but during the call, unless it is an `EncodedVideo` already."""
+        if not isinstance(video, EncodedVideo):
+            video = EncodedVideo(video, max_kept_frames=0)
         if options.sample_idx is None:
             indices = SAMPLERS[options.sampling](video.num_frames, options.sample_num_frames)
         else:
@@ -136,16 +180,30 @@ class VideoSegmentation(Iterator):
     num_objects, num_frames (`int`): K, and the length of the video.
     """
 
-    def __init__(self, answer: Answer, sampled: SampledVideo, masks: Iterator[tuple[int, np.ndarray]]):
+    def __init__(
+        self,
+        answer: Answer,
+        sampled: SampledVideo,
+        masks: Iterator[tuple[int, np.ndarray]],
+        drafts: Callable[[], Iterator[tuple[int, np.ndarray]]],
+    ):
         self.prediction = answer.prediction
         self.past_text = answer.past_text
         self.sample_idx = sampled.indices
         self.num_objects = len(answer.seg_embeddings)
         self.num_frames = sampled.video.num_frames
         self._masks = masks
+        self._drafts = drafts
 
     def __next__(self) -> tuple[int, np.ndarray]:
         return next(self._masks)
+
+    def initial_masks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """`(frame_idx, masks)` of the sampled frames alone, without propagation; at any time, in seconds.
+
+        They are encoded for it, and again for the propagation, unless the video came from `encode_video`.
+        """
+        return self._drafts()
 
 
 class VideoSegmentations(Iterator):
@@ -399,6 +457,24 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         if torch_dtype is not None:
             self.to(torch_dtype)
 
+    def encode_video(
+        self, video: Video | Sequence | str | Path | np.ndarray, max_kept_frames: int | None = None
+    ) -> EncodedVideo:
+        """`video`, for several calls that follow one another; no frame of it is encoded twice.
+
+            video = model.encode_video("dog.mp4")
+            model.predict_forward(video=video, text="<image>Please segment the dog.")
+            model.segment(video, "the cat")
+
+        Nothing is encoded yet: the calls keep what they encode. (For prompts that are known together: `segment_each`.)
+
+        Args:
+            max_kept_frames: of how many frames SAM 2's features are kept in the CPU's memory, all by default. A frame
+                is 8.3 MB in bfloat16 with Hiera-L, twice that in float32.
+        """
+        video = open_video(video)
+        return EncodedVideo(video, video.num_frames if max_kept_frames is None else max_kept_frames)
+
     @torch.no_grad()
     def predict_forward(
         self,
@@ -540,13 +616,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         )
         processor = self._resolve_processor(processor)
         sampled = SampledVideo.sample(open_video(video), options)
-        image_features, answers = None, []
-        for text in texts:
-            prompt = processor.prompt_text(text, has_media=True)
-            inputs = processor(prompt, frames=sampled.frames)
-            if image_features is None:
-                image_features = self.get_image_features(inputs["pixel_values"])
-            answers.append(self._answer(processor, prompt, inputs, options, image_features))
+        prompts = [processor.prompt_text(text, has_media=True) for text in texts]
+        answers = [self._answer_video(processor, sampled, prompt, options) for prompt in prompts]
         seg_embeddings = torch.cat([answer.seg_embeddings for answer in answers])
         masks: Iterator[tuple[int, np.ndarray]] = iter(())
         if len(seg_embeddings):
@@ -562,14 +633,18 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
     ) -> VideoSegmentation:
         sampled = SampledVideo.sample(video, options)
         prompt = processor.prompt_text(text, past_text, has_media=True)
-        answer = self._answer(processor, prompt, processor(prompt, frames=sampled.frames), options)
-        if len(answer.seg_embeddings) == 0:
-            masks = iter(())
-        elif options.drafts_only:
-            masks = self._draft_masks(processor, sampled, answer.seg_embeddings, options)
-        else:
+        answer = self._answer_video(processor, sampled, prompt, options)
+
+        def drafts() -> Iterator[tuple[int, np.ndarray]]:
+            return self._draft_masks(processor, sampled, answer.seg_embeddings, options)
+
+        if options.drafts_only:
+            masks = drafts()
+        elif len(answer.seg_embeddings):
             masks = self._video_masks(processor, sampled, [answer.seg_embeddings], options)
-        return VideoSegmentation(answer, sampled, masks)
+        else:
+            masks = iter(())
+        return VideoSegmentation(answer, sampled, masks, drafts)
 
     def _predict_video(
         self, processor: Sa2VAiProcessor, video: Video, text: str, past_text: str, options: CallOptions
@@ -613,6 +688,15 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
 
     # From the answer to the masks
 
+    def _answer_video(
+        self, processor: Sa2VAiProcessor, sampled: SampledVideo, prompt: str, options: CallOptions
+    ) -> Answer:
+        inputs = processor(prompt, frames=sampled.frames)
+        image_features = sampled.video.image_features(
+            sampled.indices, lambda: self.get_image_features(inputs["pixel_values"])
+        )
+        return self._answer(processor, prompt, inputs, options, image_features)
+
     def _answer(
         self,
         processor: Sa2VAiProcessor,
@@ -644,13 +728,21 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         features = self.propagator.features_for(self.grounding_encoder, pyramid)
         return self.propagator.decode_seg(self.grounding_encoder, features, seg_embeddings)
 
+    def _pyramid_of(
+        self, processor: Sa2VAiProcessor, video: EncodedVideo, frame_idx: int, frame: Image.Image
+    ) -> tuple[Tensor, ...]:
+        pyramid = video.feature_pyramid(frame_idx, lambda: self._encode(processor, frame))
+        return tuple(level.to(self.propagator.device) for level in pyramid)
+
     @torch.no_grad()
     def _draft_masks(
         self, processor: Sa2VAiProcessor, sampled: SampledVideo, seg_embeddings: Tensor, options: CallOptions
     ) -> Iterator[tuple[int, np.ndarray]]:
+        if len(seg_embeddings) == 0:
+            return
         original_size = sampled.video.original_size
         for frame_idx, frame in sampled:
-            decoded = self._decode_initial(self._encode(processor, frame), seg_embeddings)
+            decoded = self._decode_initial(self._pyramid_of(processor, sampled.video, frame_idx, frame), seg_embeddings)
             if options.decoding == "memory":
                 masks = self.propagator.masks_at(decoded.logits, original_size)
             else:
@@ -677,7 +769,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         prompt_idx = set(sampled.indices[: options.max_prompt_frames])
         features_to_come = {}
         for frame_idx, frame in sampled:
-            pyramid = self._encode(processor, frame)
+            pyramid = self._pyramid_of(processor, sampled.video, frame_idx, frame)
             features = self.propagator.features_for(decoder, pyramid)
             if frame_idx not in prompt_idx:
                 features_to_come[frame_idx] = features
@@ -689,10 +781,13 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
                 else:
                     tracker.add_seg_prompt(frame_idx, features, decoded)
 
-        def encode(frame: Image.Image) -> FrameFeatures:
-            return self.propagator.features_for(decoder, self._encode(processor, frame))
+        def encode(frame_idx: int, frame: Image.Image) -> FrameFeatures:
+            if frame_idx in features_to_come:
+                return features_to_come.pop(frame_idx)
+            pyramid = self._pyramid_of(processor, sampled.video, frame_idx, frame)
+            return self.propagator.features_for(decoder, pyramid)
 
-        for frame_idx, logits in track_frames(trackers, sampled.video, encode, features_to_come):
+        for frame_idx, logits in track_frames(trackers, sampled.video, encode):
             logits = self.propagator.full_size_logits(logits, original_size)
             yield frame_idx, _to_array(logits.sigmoid() if probabilities else logits > 0)
 

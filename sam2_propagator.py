@@ -195,13 +195,13 @@ class Sam2Propagator(Sam2VideoModel):
         if not prompt_masks:
             raise ValueError("`prompt_masks` is empty; give the masks of at least one frame.")
 
-        def encode(frame: Tensor) -> FrameFeatures:
+        def encode(frame_idx: int, frame: Tensor) -> FrameFeatures:
             return self.features_for(self.mask_decoder, self.encode_images(frame[None]))
 
         tracker = ObjectTracker(self, self.mask_decoder)
         with torch.no_grad():
             for frame_idx in sorted(prompt_masks):
-                tracker.add_mask_prompt(frame_idx, encode(frames[frame_idx]), prompt_masks[frame_idx])
+                tracker.add_mask_prompt(frame_idx, encode(frame_idx, frames[frame_idx]), prompt_masks[frame_idx])
         yield from track_frames([tracker], frames, encode)
 
     def masks_at(self, logits: Tensor, original_size: tuple[int, int]) -> Tensor:
@@ -379,8 +379,7 @@ class ObjectTracker:
 def track_frames(
     trackers: Sequence[ObjectTracker],
     frames: Iterable[Frame],
-    encode: Callable[[Frame], FrameFeatures],
-    known_features: dict[int, FrameFeatures] | None = None,
+    encode: Callable[[int, Frame], FrameFeatures],
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (frame_idx, logits) of every frame of a video, in order, holding none of them.
 
@@ -390,16 +389,14 @@ def track_frames(
     Args:
         trackers: with their prompts, on the same frames and with the same decoder.
         frames: the whole video.
-        encode: called once for each frame that neither prompts nor stands in `known_features`.
-        known_features: features of frames encoded before; taken out of the dict as their frames pass.
+        encode: called once, with frame_idx and frame, for each frame that does not prompt.
     """
-    known_features = {} if known_features is None else known_features
     for frame_idx, frame in enumerate(frames):
         if trackers[0].is_prompt_frame(frame_idx):
             yield frame_idx, torch.cat([tracker.prompt_logits(frame_idx) for tracker in trackers])
             continue
         with torch.no_grad():
-            features = known_features.pop(frame_idx, None) or encode(frame)
+            features = encode(frame_idx, frame)
             logits = [tracker.track(frame_idx, features) for tracker in trackers]
         yield frame_idx, torch.cat(logits)
 

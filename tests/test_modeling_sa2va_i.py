@@ -40,6 +40,20 @@ def encoded_frames(small_model, monkeypatch) -> list[torch.Tensor]:
     return seen
 
 
+@pytest.fixture
+def seen_frames(small_model, monkeypatch) -> list[torch.Tensor]:
+    """Every frame that the vision model sees."""
+    seen = []
+    forward = small_model.vision_model.forward
+
+    def count(pixel_values, **kwargs):
+        seen.extend(pixel_values)
+        return forward(pixel_values, **kwargs)
+
+    monkeypatch.setattr(small_model.vision_model, "forward", count)
+    return seen
+
+
 class TestPredictVideo:
     def test_result(self, small_model, frames, answering):
         with answering(small_model, TWO):
@@ -576,17 +590,9 @@ class TestSegmentEach:
         assert masks[2].shape == (0, 12, 60, 80)
         assert (masks[0][0] != masks[1][0]).mean() > 1e-3  # twin: another prompt's object
 
-    def test_everything_is_seen_once(self, small_model, frames, answering, encoded_frames, monkeypatch):
-        seen = []
-        forward = small_model.vision_model.forward
-
-        def count(pixel_values, **kwargs):
-            seen.append(len(pixel_values))
-            return forward(pixel_values, **kwargs)
-
-        monkeypatch.setattr(small_model.vision_model, "forward", count)
+    def test_everything_is_seen_once(self, small_model, frames, answering, encoded_frames, seen_frames):
         self.segment_each(small_model, frames, answering, max_objects=2)
-        assert seen == [5]
+        assert len(seen_frames) == 5
         assert len(encoded_frames) == 12
 
     def test_probabilities(self, small_model, frames, answering):
@@ -599,4 +605,64 @@ class TestSegmentEach:
         with answering(small_model, NONE):
             segmentations = small_model.segment_each(frames, self.PROMPTS[:1])
         assert list(segmentations) == []
+        assert encoded_frames == []
+
+
+class TestEncodedVideo:
+    def ask(self, model, video, answering, answer=TWO, **options):
+        with answering(model, answer):
+            return model.predict_forward(video=video, text=TEXT, **options)
+
+    @pytest.mark.parametrize("options", [{}, {"decoding": "memory"}, {"max_prompt_frames": 1}])
+    def test_the_same_masks(self, small_model, frames, answering, options):
+        expected = self.ask(small_model, frames, answering, **options)
+        video = small_model.encode_video(frames)
+        for _ in range(2):  # from fresh and from kept encodings
+            result = self.ask(small_model, video, answering, **options)
+            assert np.array_equal(result["prediction_masks"], expected["prediction_masks"])
+        other = self.ask(small_model, small_model.encode_video(frames[::-1]), answering, **options)
+        assert not np.array_equal(other["prediction_masks"], expected["prediction_masks"])
+
+    def test_later_questions_encode_nothing(self, small_model, frames, answering, encoded_frames, seen_frames):
+        video = small_model.encode_video(frames)
+        first = self.ask(small_model, video, answering, ONE)
+        assert (len(seen_frames), len(encoded_frames)) == (5, 12)
+        with answering(small_model, TWO):
+            small_model.predict_forward(video=video, text="And the others?", past_text=first["past_text"])
+        with answering(small_model, ONE):
+            list(small_model.segment(video, "the disk"))
+        assert (len(seen_frames), len(encoded_frames)) == (5, 12)
+        self.ask(small_model, frames, answering, ONE)  # twin: the frames themselves
+        assert (len(seen_frames), len(encoded_frames)) == (10, 24)
+
+    def test_other_sampled_frames_are_seen_anew(self, small_model, frames, answering, seen_frames):
+        video = small_model.encode_video(frames)
+        self.ask(small_model, video, answering)
+        result = self.ask(small_model, video, answering, sample_num_frames=3)
+        assert len(seen_frames) == 8
+        expected = self.ask(small_model, frames, answering, sample_num_frames=3)
+        assert np.array_equal(result["prediction_masks"], expected["prediction_masks"])
+
+    def test_how_many_are_kept(self, small_model, frames, answering, encoded_frames):
+        video = small_model.encode_video(frames, max_kept_frames=4)
+        self.ask(small_model, video, answering)
+        encoded_frames.clear()
+        self.ask(small_model, video, answering)
+        assert len(encoded_frames) == 8
+
+    def test_initial_masks_beside_the_propagated(self, small_model, frames, answering, encoded_frames):
+        drafts = self.ask(small_model, frames, answering, return_drafts_only=True)
+        encoded_frames.clear()
+        with answering(small_model, TWO):
+            segmentation = small_model.segment(small_model.encode_video(frames), "the disk")
+        initial = dict(segmentation.initial_masks())
+        assert list(initial) == segmentation.sample_idx
+        assert np.array_equal(np.stack(list(initial.values()), axis=1), drafts["prediction_masks"])
+        assert len(encoded_frames) == 5
+        assert len(list(segmentation)) == 12
+        assert len(encoded_frames) == 12
+
+    def test_initial_masks_of_no_object(self, small_model, frames, answering, encoded_frames):
+        with answering(small_model, NONE):
+            assert list(small_model.segment(frames, "the disk").initial_masks()) == []
         assert encoded_frames == []

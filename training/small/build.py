@@ -35,7 +35,7 @@ LANGUAGE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 160,
     "intermediate_size": 416,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_attention_heads": 5,
     "num_key_value_heads": 5,
     "max_position_embeddings": 4096,

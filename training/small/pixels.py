@@ -60,7 +60,7 @@ def pixel_losses(
     for scores, level in zip(heads(feature_maps), feature_maps, strict=True):
         targets = F.interpolate(labels.to(level.device), level.shape[-2:], mode="nearest").long()
         for of_words, target in zip(scores, targets.unbind(dim=1), strict=True):
-            losses.append(_balanced(F.cross_entropy(of_words, target, reduction="none"), target > 0))
+            losses.append(balanced(F.cross_entropy(of_words, target, reduction="none"), target > 0))
             right.append((of_words.argmax(dim=1) == target)[target > 0].float().mean())
     return {"pixels": torch.stack(losses).mean(), "right": torch.stack(right).mean()}
 
@@ -76,6 +76,10 @@ def pixel_phase(encode: Callable[[list[Image.Image]], Sequence[Tensor]], heads: 
     return Phase("pixels", num_steps, 1e-3, backward)
 
 
-def _balanced(values: Tensor, is_shape: Tensor) -> Tensor:
-    """The mean over the shapes' places and that over the background's, in equal parts."""
-    return (values[is_shape].mean() + values[~is_shape].mean()) / 2
+def balanced(values: Tensor, is_shape: Tensor) -> Tensor:
+    """The mean over the shapes' places and that over the background's, in equal parts; 0 for a mean over none."""
+    return (_mean_where(values, is_shape) + _mean_where(values, ~is_shape)) / 2
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    return (values * mask).sum() / mask.sum().clamp(min=1)
