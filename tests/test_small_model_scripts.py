@@ -11,9 +11,10 @@ import yaml
 from sa2va_i import Sa2VAiModel
 from sa2va_i.training import small
 from sa2va_i.training.recipe import TrainConfig, train
-from sa2va_i.training.small import build, evaluate_sam2, train_sam2, train_vision
+from sa2va_i.training.small import build, evaluate_sam2, join, train_places, train_sam2, train_vision
 from sa2va_i.training.small.loop import Phase, run
 from sa2va_i.training.small.pixels import PixelHeads, labelled_frames, pixel_losses
+from sa2va_i.training.small.train_places import IGNORED, MOTIONS, PRESENCE, QUESTIONS, PlaceHeads, place_labels
 from sa2va_i.training.small.train_sam2 import build_sam2, frame_losses, sample_frames
 from sa2va_i.training.synthetic import Scene
 
@@ -33,9 +34,13 @@ def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     threads = ("--threads", torch.get_num_threads())
     call(train_sam2, tmp_path / "sam2", "--pixels", 1, "--pairs", 1, "--clips", 1, *threads)
     call(train_vision, tmp_path / "vision", "--steps", 1, *threads)
-    call(build, tmp_path / "sam2" / "sam2", tmp_path / "vision" / "vision", tmp_path / "untrained")
-    last = tmp_path / "untrained"
+    call(build, tmp_path / "vision" / "vision", tmp_path / "untrained")
+    call(train_places, tmp_path / "untrained", tmp_path / "places", "--steps", 1, *threads)
+    last = tmp_path / "places" / "places"
     for stage in ("words", "masks"):
+        if stage == "masks":
+            call(join, last, tmp_path / "sam2" / "sam2", tmp_path / "joined")
+            last = tmp_path / "joined"
         content = yaml.safe_load((SMALL / f"{stage}.yaml").read_text())
         content.update(model=str(last), out=str(tmp_path / stage))
         content["trainer"].update(max_steps=1, warmup_steps=0, per_device_train_batch_size=1, use_cpu=True)
@@ -140,3 +145,82 @@ def test_a_right_mask_costs_less_than_a_wrong_one():
     assert cheap["chosen_iou"] > 0.9 > 0.1 > dear["chosen_iou"]
     for name in ("focal", "dice", "presence"):
         assert cheap[name] < 0.2 < dear[name]
+
+
+@pytest.fixture(scope="module")
+def scene() -> Scene:
+    """With a shape that comes late, one that leaves and comes back, and one that disappears."""
+    events = {"late", "returns", "vanishes"}
+    return next(scene for scene in map(Scene, range(100)) if events <= {shape.event for shape in scene.shapes})
+
+
+@pytest.fixture(scope="module")
+def masks(scene) -> np.ndarray:
+    return scene.render_all([2, 7, 12, 17, 22])[1]
+
+
+@pytest.fixture(scope="module")
+def labels(scene, masks) -> dict[str, np.ndarray]:
+    return place_labels(scene, masks, 12)
+
+
+class TestPlaces:
+    def places_of(self, masks, shape, frame) -> np.ndarray:
+        """(12, 12) places that are a shape's."""
+        return masks[shape, frame].reshape(12, 12, 12, 16).mean(axis=(1, 3)) > 0.5
+
+    def test_what_is_there(self, scene, masks, labels):
+        filled = 0
+        for number, shape in enumerate(scene.shapes):
+            for frame in range(5):
+                places = self.places_of(masks, number, frame)
+                filled += places.sum()
+                for name, words, word in zip(QUESTIONS, small.pixels.VOCABULARIES, shape.identity):
+                    assert (labels[name][frame][places] == words.index(word) + 1).all()
+        assert filled > 20
+        empty = ~masks.any(axis=0).reshape(5, 12, 12, 12, 16).any(axis=(2, 4))
+        assert (labels["kind"][empty] == 0).all()
+        assert (labels["motion"][empty] == IGNORED).all()
+
+    def test_what_happens(self, scene, masks, labels):
+        for number, shape in enumerate(scene.shapes):
+            visible = masks[number].any(axis=(1, 2))
+            for frame in range(1, 5):
+                places = self.places_of(masks, number, frame)
+                if not places.any():
+                    continue
+                came_before = visible[:frame].any()
+                motion = MOTIONS.index(shape.motion) if came_before else IGNORED
+                assert (labels["motion"][frame][places] == motion).all()
+                back = came_before and not visible[int(visible.argmax()) : frame].all()
+                presence = "back" if back else "late" if not visible[0] else "from the start"
+                assert (labels["presence"][frame][places] == PRESENCE.index(presence)).all()
+        seen = {PRESENCE[one] for one in np.unique(labels["presence"]) if one != IGNORED}
+        assert seen == set(PRESENCE)
+
+    def test_what_is_gone(self, scene, masks, labels):
+        gone = 0
+        for number, shape in enumerate(scene.shapes):
+            for frame in range(1, 5):
+                left = masks[number, frame - 1].any() and not masks[number, frame].any()
+                places = self.places_of(masks, number, frame - 1)
+                if left:
+                    gone += places.sum()
+                    assert (labels["gone_kind"][frame][places] == scene_kind(shape)).all()
+                else:
+                    assert (labels["gone_kind"][frame][places] == 0).all()
+        assert gone
+        assert (labels["gone_kind"][0] == 0).all()
+
+    def test_heads_read_each_token_at_its_places(self):
+        heads = PlaceHeads(3)
+        states = torch.randn(2, 5 * 4, 3)  # tokens of a 2 x 2 grid
+        scores = heads(states)
+        assert scores["motion"].shape == (2, 5, 4, 4, len(MOTIONS))
+        token, total = states[1, 3 * 4 + 1 * 2 + 0], sum(QUESTIONS.values())  # frame 3, row 1, column 0
+        of_token = heads.scores(token).reshape(2, 2, total)
+        torch.testing.assert_close(torch.cat(list(scores.values()), dim=-1)[1, 3, 2:4, 0:2], of_token)
+
+
+def scene_kind(shape) -> int:
+    return small.pixels.VOCABULARIES[0].index(shape.kind) + 1

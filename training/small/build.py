@@ -1,8 +1,9 @@
-"""The small Sa2VA-i before its training: the trained small SAM 2 and vision model, and a language model from scratch.
+"""The small Sa2VA-i before its training: the small vision model, and a language model and SAM 2 from scratch.
 
-    python -m sa2va_i.training.small.build SAM2 VISION OUT
+    python -m sa2va_i.training.small.build VISION OUT
 
-SAM2, VISION: the folders that `train_sam2` and `train_vision` made. The tokenizer is a byte-level BPE of the words of
+VISION: the folder that `train_vision` made. The answer is learnt without SAM 2; `join` puts the trained one in. The
+tokenizer is a byte-level BPE of the words of
 `training/wording.py` and `training/synthetic.py`; other words are spelled out in pieces.
 """
 
@@ -20,10 +21,10 @@ from ...configuration_sa2va_i import Sa2VAiConfig
 from ...modeling_sa2va_i import Sa2VAiModel
 from ...processing_sa2va_i import IMG_CONTEXT, IMG_END, IMG_START, REGION_END, REGION_START, SEG
 from ...publish import save_package
-from ...sam2_propagator import Sam2Propagator
 from ..data import describe_scene
 from ..synthetic import Scene
 from ..wording import ANSWERS, DESCRIPTION_QUESTIONS, IMAGE_QUESTIONS, VIDEO_QUESTIONS, named_answer
+from .train_sam2 import build_sam2
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = (
@@ -74,14 +75,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build(
-    sam2: Sam2Propagator, vision: InternVLVisionModel, tokenizer: PreTrainedTokenizerFast, seed: int = 0
-) -> Sa2VAiModel:
-    """The fine-tuned decoder starts as a copy of the original's, as in Sa2VA."""
+def build(vision: InternVLVisionModel, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Sa2VAiModel:
+    """The model with weights to start from."""
     config = Sa2VAiConfig(
         vision_config=vision.config.to_dict(),
         llm_config={**LANGUAGE, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
-        sam2_config=sam2.config.to_dict(),
+        sam2_config=build_sam2().config.to_dict(),
         seg_token_id=tokenizer.convert_tokens_to_ids(SEG),
         img_context_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT),
         max_dynamic_patch=1,  # images as single tiles, like the frames it is trained on
@@ -95,20 +94,16 @@ def build(
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
     model.vision_model.load_state_dict(vision.state_dict())
-    model.propagator.load_state_dict(sam2.state_dict())
-    model.grounding_encoder.load_state_dict(sam2.mask_decoder.state_dict())
     return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sam2", type=Path)
     parser.add_argument("vision", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     tokenizer = build_tokenizer()
-    sam2, vision = Sam2Propagator.from_pretrained(arguments.sam2), InternVLVisionModel.from_pretrained(arguments.vision)
-    model = build(sam2, vision, tokenizer)
+    model = build(InternVLVisionModel.from_pretrained(arguments.vision), tokenizer)
     save_package(model, tokenizer, arguments.out)
     sizes = {name: sum(one.numel() for one in part.parameters()) for name, part in model.named_children()}
     print(f"{sum(sizes.values()) / 1e6:.2f} M parameters: {sizes}")

@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
 # The small model from nothing, into small/model. Each step goes on where it was killed; those that are done are skipped.
+# SAM 2 is trained on one core beside vision and language model on another; the last two stages use both.
 #   bash training/small/train.sh [FOLDER]
 set -euo pipefail
 scripts=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${1:-.}" && cd "${1:-.}"
-[ -d small/sam2/sam2 ] || python -m sa2va_i.training.small.train_sam2 small/sam2
-[ -d small/vision/vision ] || python -m sa2va_i.training.small.train_vision small/vision
-[ -d small/untrained ] || python -m sa2va_i.training.small.build small/sam2/sam2 small/vision/vision small/untrained
-export ACCELERATE_USE_CPU=${ACCELERATE_USE_CPU:-true}
-for stage in words masks; do
-    out=$([ $stage = words ] && echo small/words || echo small/model)
-    [ -d $out ] || torchrun --nproc_per_node "${PROCESSES:-2}" -m sa2va_i.cli train "$scripts/$stage.yaml"
-done
-python -m sa2va_i.training.small.evaluate_sam2 small/model
+export ACCELERATE_USE_CPU=${ACCELERATE_USE_CPU:-true} OMP_NUM_THREADS=1
+
+script() { python -m "sa2va_i.training.small.$1" "${@:2}"; }
+recipe() { torchrun --nproc_per_node "${PROCESSES:-2}" -m sa2va_i.cli train "$scripts/$1"; }
+
+([ -d small/sam2/sam2 ] || script train_sam2 small/sam2) &
+[ -d small/vision/vision ] || script train_vision small/vision
+[ -d small/untrained ] || script build small/vision/vision small/untrained
+[ -d small/places/places ] || script train_places small/untrained small/places
+wait $!
+[ -d small/words ] || recipe words.yaml
+[ -d small/joined ] || script join small/words small/sam2/sam2 small/joined
+[ -d small/model ] || recipe masks.yaml
+script evaluate_sam2 small/model

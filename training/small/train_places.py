@@ -34,10 +34,9 @@ MIN_COVER = 0.3  # of a place, for it to be a shape's
 IGNORED = -100
 MOTIONS = (*DIRECTIONS, STILL, "")
 PRESENCE = ("from the start", "late", "back")
+IDENTITY = ("kind", "color", "size")
 QUESTIONS = {
-    "kind": len(VOCABULARIES[0]) + 1,  # class 0 is the background
-    "color": len(VOCABULARIES[1]) + 1,
-    "size": len(VOCABULARIES[2]) + 1,
+    **{name: len(words) + 1 for name, words in zip(IDENTITY, VOCABULARIES, strict=True)},  # class 0: the background
     "motion": len(MOTIONS),
     "presence": len(PRESENCE),
     "gone_kind": len(VOCABULARIES[0]) + 1,  # class 0: nothing is gone
@@ -71,8 +70,8 @@ def place_labels(scene: Scene, masks: np.ndarray, side: int) -> dict[str, np.nda
     shape_at = np.where(cover.max(axis=0) > MIN_COVER, cover.argmax(axis=0), -1)  # -1: background
     visible = masks.any(axis=(2, 3))
     before = np.concatenate([np.full_like(shape_at[:1], -1), shape_at[:-1]])  # one frame earlier
-    is_gone = np.array([[not visible[shape, idx] for idx in range(num_frames)] for shape in range(num_shapes)])
-    gone_at = np.where((before >= 0) & is_gone[before, np.arange(num_frames)[:, None, None]], before, -1)
+    is_gone = ~visible[before, np.arange(num_frames)[:, None, None]]
+    gone_at = np.where((before >= 0) & is_gone, before, -1)
 
     def look_up(values: Sequence[int], places: np.ndarray, of_nothing: int) -> np.ndarray:
         return np.array([*values, of_nothing])[places]  # -1 is the last
@@ -80,7 +79,7 @@ def place_labels(scene: Scene, masks: np.ndarray, side: int) -> dict[str, np.nda
     identities = [
         [words.index(shape.identity[number]) + 1 for shape in scene.shapes] for number, words in enumerate(VOCABULARIES)
     ]
-    labels = {name: look_up(of_words, shape_at, 0) for name, of_words in zip(QUESTIONS, identities)}
+    labels = {name: look_up(of_words, shape_at, 0) for name, of_words in zip(IDENTITY, identities, strict=True)}
     labels["motion"] = look_up([MOTIONS.index(shape.motion) for shape in scene.shapes], shape_at, IGNORED)
     labels["presence"] = np.full_like(shape_at, IGNORED)
     for shape in range(num_shapes):
