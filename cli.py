@@ -203,6 +203,25 @@ def synthetic(
     print(f"{clips} videos -> {out / split}")
 
 
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="Folder or Hub id.")],
+    port: Annotated[int | None, typer.Option(help="Of the page (the first free one from 7860 on).")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps, cpu, ... (the accelerator if there is one).")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, flash_attention_2, eager.")] = None,
+    open_browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+) -> None:
+    """Try a model in a browser, on this machine alone (127.0.0.1)."""
+    _require("space", "gradio", "pycocotools")
+    from .space.page import build_page, serve
+    from .space.service import Service
+
+    service = Service(load_model(model, device, dtype, attn_implementation))
+    page = build_page(service, f"Model: `{Path(model).name}`.")
+    serve(page, service, server_name="127.0.0.1", server_port=port, inbrowser=open_browser)
+
+
 def _require(extra: str, *packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:

@@ -47,6 +47,14 @@ def small_model() -> Sa2VAiModel:
 
 
 @pytest.fixture(scope="session")
+def seg_model() -> Sa2VAiModel:
+    """A small model that answers every prompt with one `[SEG]`."""
+    model = small_model_builder.build()
+    small_model_builder.always_answer_seg(model)
+    return model
+
+
+@pytest.fixture(scope="session")
 def small_processor(small_model) -> Sa2VAiProcessor:
     return small_model.processor
 

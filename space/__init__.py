@@ -1,0 +1,1 @@
+"""The demo in a browser: `sa2va-i demo`, and the Space (`hub_cards/space`)."""
