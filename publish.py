@@ -13,6 +13,7 @@ from .modeling_sa2va_i import Sa2VAiModel
 from .processing_sa2va_i import Sa2VAiProcessor
 
 CARDS = Path(__file__).parent / "hub_cards"
+SPACE = "https://huggingface.co/spaces/kumuji/Sa2VA-i"
 LARGE = 5_000_000_000  # bytes from which an upload is split and can be resumed
 REMOTE_CODE = (
     "configuration_sa2va_i.py",
@@ -92,6 +93,7 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
         template_path=str(CARDS / "model_card.md.j2"),
         name=model["name"],
         repo_id=repo_id,
+        space=SPACE,
         # a folder on someone's disk says nothing to a reader
         source=source if source.count("/") == 1 and not Path(source).exists() else model["base_model"],
         scores={DATASETS[dataset][0]: score for dataset, score in scores.items()},

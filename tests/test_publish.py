@@ -1,5 +1,10 @@
 import json
+import runpy
+import sys
+from importlib.metadata import version
+from types import SimpleNamespace
 
+import gradio
 import pytest
 from huggingface_hub import HfApi, ModelCard, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -40,6 +45,7 @@ def test_every_published_model_has_a_card(folder_of, tmp_path, name, llm_config)
     assert f'from_pretrained("someone/{name}"' in card.content
     assert metadata["pipeline_tag"] == "image-text-to-text"
     assert metadata["base_model"]
+    assert publish.SPACE in card.content
     assert "{{" not in card.content
     assert "None" not in card.content
 
@@ -115,3 +121,32 @@ class TestUpload:
         monkeypatch.setattr(publish, "LARGE", 1000)
         push_to_hub(converted, "me/model", api=api)
         assert [call[0] for call in api.calls] == ["create_repo", "upload_large_folder", "upload_file"]
+
+
+class TestSpace:
+    SPACE = publish.CARDS / "space"
+
+    def test_front_matter(self):
+        metadata = metadata_load(self.SPACE / "README.md")
+        assert metadata["sdk"] == "gradio"
+        assert metadata["sdk_version"] == gradio.__version__  # the one the tests ran on
+        assert metadata["app_file"] == "app.py"
+        assert len(metadata["short_description"]) <= 60  # the Hub's limit
+
+    def test_the_wheel_is_this_version(self):
+        requirements = (self.SPACE / "requirements.txt").read_text()
+        assert f"sa2va_i-{version('sa2va-i')}-py3-none-any.whl" in requirements
+
+    def test_app(self, monkeypatch, small_checkpoint):
+        """It runs as the Space runs it; `spaces` is a package of its own, and serving is tested elsewhere."""
+        served = []
+        wrapped = []
+        gpu = SimpleNamespace(GPU=lambda duration: lambda ask: wrapped.append(ask) or ask)
+        monkeypatch.setitem(sys.modules, "spaces", gpu)
+        monkeypatch.setattr("sa2va_i.space.page.serve", lambda page, service: served.append((page, service)))
+        monkeypatch.setenv("MODEL", str(small_checkpoint))
+        runpy.run_path(str(self.SPACE / "app.py"), run_name="__main__")
+        ((page, service),) = served
+        assert isinstance(page, gradio.Blocks)
+        assert wrapped == [service.ask]
+        service.close()

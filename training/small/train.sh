@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The small model from nothing, into small/model. Each step goes on where it was killed; those that are done are skipped.
-# SAM 2 is trained on one core beside vision and language model on another; the last two stages use both.
+# SAM 2 is trained on one core beside vision and language model on another; the last stage uses both.
 #   bash training/small/train.sh [FOLDER]
 set -euo pipefail
 scripts=$(cd "$(dirname "$0")" && pwd)
@@ -8,14 +8,13 @@ mkdir -p "${1:-.}" && cd "${1:-.}"
 export ACCELERATE_USE_CPU=${ACCELERATE_USE_CPU:-true} OMP_NUM_THREADS=1
 
 script() { python -m "sa2va_i.training.small.$1" "${@:2}"; }
-recipe() { torchrun --nproc_per_node "${PROCESSES:-2}" -m sa2va_i.cli train "$scripts/$1"; }
 
 ([ -d small/sam2/sam2 ] || script train_sam2 small/sam2) &
 [ -d small/vision/vision ] || script train_vision small/vision
 [ -d small/untrained ] || script build small/vision/vision small/untrained
 [ -d small/places/places ] || script train_places small/untrained small/places
+[ -d small/words ] || sa2va-i train "$scripts/words.yaml"
 wait $!
-[ -d small/words ] || recipe words.yaml
 [ -d small/joined ] || script join small/words small/sam2/sam2 small/joined
-[ -d small/model ] || recipe masks.yaml
+[ -d small/model ] || torchrun --nproc_per_node "${PROCESSES:-2}" -m sa2va_i.cli train "$scripts/masks.yaml"
 script evaluate_sam2 small/model

@@ -2,9 +2,9 @@
 
     python -m sa2va_i.training.small.train_sam2 OUT
 
-Three phases. Pixels: the image encoder alone learns kind, colour and size of the shape at each place of its three
+Phase by phase. Pixels: the image encoder alone learns kind, colour and size of the shape at each place of its three
 feature maps, by heads that are thrown away (Meta's encoder was pretrained too; from masks alone it learns slowly).
-Pairs of frames, then clips of six: one to three frames of a clip are prompted with the true masks (some roughened), the
+Pairs of frames, then clips of six and of eight: one to three frames of a clip are prompted with the true masks (some roughened), the
 others tracked by the very loop that inference runs; two are also decoded without memory from the shape's name, as
 embeddings that are thrown away afterwards: the decoder learns to be asked. Losses as in SAM 2: of the masks, of the
 predicted IoU, and of whether the object is there; but of all three masks and not of the best, for these shapes are not
@@ -32,7 +32,7 @@ from .pixels import VOCABULARIES, PixelHeads, pixel_phase
 
 HERE = Path(__file__).parent
 LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edges
-PAIRS, CLIP = 2, 6  # frames of a clip, at first and then
+PAIRS, CLIP, LONG_CLIP = 2, 6, 8  # frames of a clip, from phase to phase
 SCENES_OF_PAIRS = 2  # in a step
 NAMED_FRAMES = 2  # of a clip, decoded from names
 NAMES = sum(VOCABULARIES, ())
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=4000, help="steps of the image encoder alone")
     parser.add_argument("--pairs", type=int, default=3000, help="steps on pairs of frames")
     parser.add_argument("--clips", type=int, default=3000, help="steps on clips of six frames")
+    parser.add_argument("--long-clips", type=int, default=1600, help="steps on clips of eight frames")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -187,6 +188,7 @@ def main() -> None:
         pixel_phase(encode, heads, arguments.pixels),
         Phase("pairs", arguments.pairs, 2e-4, lambda seed: scenes(seed, SCENES_OF_PAIRS, PAIRS)),
         Phase("clips", arguments.clips, 2e-4, lambda seed: scenes(seed, 1, CLIP)),
+        Phase("long clips", arguments.long_clips, 1.5e-4, lambda seed: scenes(seed, 1, LONG_CLIP)),
     ]
     run(arguments.out, {"sam2": sam2, "names": names, "heads": heads}, phases)
     sam2.eval().save_pretrained(arguments.out / "sam2")
