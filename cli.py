@@ -205,7 +205,7 @@ def synthetic(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="Folder or Hub id.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id; small comes with the package.")] = "small",
     port: Annotated[int | None, typer.Option(help="Of the page (the first free one from 7860 on).")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps, cpu, ... (the accelerator if there is one).")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's.")] = "auto",

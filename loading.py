@@ -15,6 +15,7 @@ from .files import read_json
 from .modeling_sa2va_i import Sa2VAiModel
 from .safetensors_io import checkpoint_files
 
+SMALL = Path(__file__).parent / "training" / "small" / "model"  # trained on synthetic shapes, comes with the package
 BYTES_PER_SECOND = 200e6  # of a conversion on a laptop's disk, to say how long it will take
 
 
@@ -29,11 +30,12 @@ def load(
 
         model = sa2va_i.load("kumuji/Sa2VA-i-4B", dtype="bfloat16")
         model = sa2va_i.load("ByteDance/Sa2VA-4B", sam2="facebook/sam2-hiera-large")
+        model = sa2va_i.load("small")
 
     An original is converted into a cache the first time; size and time are said before. See `cached_conversion`.
 
     Args:
-        name: folder or Hub id.
+        name: folder or Hub id; "small" is the model that comes with the package, which knows synthetic shapes alone.
         sam2, sam2_config, hub: as `convert_checkpoint` takes them; for originals.
         kwargs: for `Sa2VAiModel.from_pretrained`.
     """
@@ -44,6 +46,8 @@ def loadable(
     name: str | Path, sam2: str | Path | None = None, sam2_config: dict[str, Any] | None = None, hub: Hub | None = None
 ) -> str:
     """`name` itself if it is a converted checkpoint, else the folder of its cached conversion."""
+    if name == "small":
+        return str(SMALL)
     hub = hub or Hub()
     if _model_type(name, hub) == "sa2va_i":
         return str(name)

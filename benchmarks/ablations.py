@@ -1,7 +1,7 @@
 """The paper's ablations (arXiv:2509.19082, Tables 3 to 6) in miniature: the small model on held-out synthetic scenes.
 
-    python benchmarks/ablations.py --model MODEL
-    python benchmarks/ablations.py --model MODEL --scenes 200 --groups 5
+    python benchmarks/ablations.py
+    python benchmarks/ablations.py --scenes 200 --groups 5
 
 Every row sees the same scenes, with one expression each of appearance, motion, time and several targets. The scenes are
 dealt into groups of other seeds: a cell is the mean of the groups' J&F in percent, and their standard deviation. The
@@ -36,28 +36,29 @@ TABLES = {
 }
 
 
-def score_scene(model: Sa2VAiModel, scene: Scene, options: dict) -> dict[str, float]:
-    """J&F of each expression, by what it needs."""
+ROWS = list({json.dumps({**BASE, **row}): None for rows in TABLES.values() for row in rows})  # each once
+
+
+def score_scene(model: Sa2VAiModel, scene: Scene) -> dict[str, dict[str, float]]:
+    """For each of `ROWS`, J&F of the scene's expressions by what they need. The scene is encoded once for all rows."""
     frames, masks = scene.render_all()
+    video = model.encode_video([Image.fromarray(frame) for frame in frames])
     expressions = choose_expressions(scene, per_need=1)
-    segmentations = model.segment_each(
-        [Image.fromarray(frame) for frame in frames],
-        [expression_prompt(expression.text) for expression in expressions],
-        max_new_tokens=64,
-        **options,
-    )
-    by_frame = [of_frame for _, of_frame in with_empty_frames(segmentations, scene.size)]
-    predicted = [np.stack(of_expression) > 0 for of_expression in zip(*by_frame, strict=True)]
-    scores = {}
-    for expression, prediction in zip(expressions, predicted, strict=True):
-        truth = masks[list(expression.targets)].any(axis=0)
-        scores[expression.needs] = 100 * statistics.fmean(j_and_f(truth, prediction))
+    prompts = [expression_prompt(expression.text) for expression in expressions]
+    scores: dict[str, dict[str, float]] = {}
+    for row in ROWS:
+        segmentations = model.segment_each(video, prompts, max_new_tokens=64, **json.loads(row))
+        by_frame = [of_frame for _, of_frame in with_empty_frames(segmentations, scene.size)]
+        predicted = [np.stack(of_expression) > 0 for of_expression in zip(*by_frame, strict=True)]
+        scores[row] = {
+            expression.needs: 100 * statistics.fmean(j_and_f(masks[list(expression.targets)].any(axis=0), prediction))
+            for expression, prediction in zip(expressions, predicted, strict=True)
+        }
     return scores
 
 
-def score(model: Sa2VAiModel, seeds: range, options: dict, num_groups: int) -> dict[str, float]:
+def summarise(by_scene: list[dict[str, float]], num_groups: int) -> dict[str, float]:
     """Mean and spread over groups of seeds, and the mean of each need."""
-    by_scene = [score_scene(model, Scene(seed), options) for seed in tqdm(seeds, unit="scene", leave=False)]
     groups = [
         [value for scene in by_scene[first::num_groups] for value in scene.values()] for first in range(num_groups)
     ]
@@ -69,7 +70,7 @@ def score(model: Sa2VAiModel, seeds: range, options: dict, num_groups: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="small")
     parser.add_argument("--scenes", type=int, default=30)
     parser.add_argument("--groups", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -78,18 +79,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     model = load(arguments.model).eval()
     seeds = range(HELD_OUT, HELD_OUT + arguments.scenes)
-    results: dict[str, dict[str, float]] = {}
+    by_scene = [score_scene(model, Scene(seed)) for seed in tqdm(seeds, unit="scene")]
+    results = {row: summarise([scene[row] for scene in by_scene], arguments.groups) for row in ROWS}
     for table, rows in TABLES.items():
         print(f"\n{table}")
         for row in rows:
-            options = {**BASE, **row}
-            key = json.dumps(options)
-            if key not in results:
-                results[key] = score(model, seeds, options, arguments.groups)
-            result = results[key]
-            label = ", ".join(str(value) for value in row.values())
+            result = results[json.dumps({**BASE, **row})]
+            label = ", ".join("all" if value is None else str(value) for value in row.values())
             needs = "  ".join(f"{name} {value:5.1f}" for name, value in result.items() if name not in ("J&F", "spread"))
-            print(f"  {label:22} {result['J&F']:5.1f} +- {result['spread']:4.1f}   {needs}", flush=True)
+            print(f"  {label:22} {result['J&F']:5.1f} +- {result['spread']:4.1f}   {needs}")
     record = {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),

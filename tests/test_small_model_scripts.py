@@ -11,11 +11,12 @@ import yaml
 from sa2va_i import Sa2VAiModel
 from sa2va_i.training import small
 from sa2va_i.training.recipe import TrainConfig, train
-from sa2va_i.training.small import build, evaluate_sam2, join, train_places, train_sam2, train_vision
+from sa2va_i.training.small import build, evaluate_sam2, join, pack, train_places, train_sam2, train_vision, train_words
 from sa2va_i.training.small.loop import Phase, run
 from sa2va_i.training.small.pixels import PixelHeads, labelled_frames, pixel_losses
 from sa2va_i.training.small.train_places import IGNORED, MOTIONS, PRESENCE, QUESTIONS, PlaceHeads, place_labels
 from sa2va_i.training.small.train_sam2 import build_sam2, frame_losses, sample_frames
+from sa2va_i.training.small.train_words import conversation, tokens_of, word_losses
 from sa2va_i.training.synthetic import Scene
 
 SMALL = Path(small.__file__).parent
@@ -36,15 +37,12 @@ def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     call(train_vision, tmp_path / "vision", "--steps", 1, *threads)
     call(build, tmp_path / "vision" / "vision", tmp_path / "untrained")
     call(train_places, tmp_path / "untrained", tmp_path / "places", "--steps", 1, *threads)
-    last = tmp_path / "places" / "places"
-    for stage in ("words", "masks"):
-        if stage == "masks":
-            call(join, last, tmp_path / "sam2" / "sam2", tmp_path / "joined")
-            last = tmp_path / "joined"
-        content = yaml.safe_load((SMALL / f"{stage}.yaml").read_text())
-        content.update(model=str(last), out=str(tmp_path / stage))
-        content["trainer"].update(max_steps=1, warmup_steps=0, per_device_train_batch_size=1, use_cpu=True)
-        last = train(TrainConfig(**content))
+    call(train_words, tmp_path / "places", tmp_path / "words", "--steps", 1, *threads)
+    call(join, tmp_path / "words" / "words", tmp_path / "sam2" / "sam2", tmp_path / "joined")
+    content = yaml.safe_load((SMALL / "masks.yaml").read_text())
+    content.update(model=str(tmp_path / "joined"), out=str(tmp_path / "model"))
+    content["trainer"].update(max_steps=1, warmup_steps=0, per_device_train_batch_size=1, use_cpu=True)
+    last = train(TrainConfig(**content))
     model = Sa2VAiModel.from_pretrained(last)
     sam2 = train_sam2.Sam2Propagator.from_pretrained(tmp_path / "sam2" / "sam2").state_dict()
     assert all(torch.equal(sam2[name], tensor) for name, tensor in model.propagator.state_dict().items())
@@ -52,7 +50,14 @@ def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     tuned = model.grounding_encoder.state_dict()
     assert started.keys() == tuned.keys()
     assert any(not torch.equal(started[name], tuned[name]) for name in started)
-    call(evaluate_sam2, last, "--scenes", 1, *threads)
+    call(pack, last, tmp_path / "packed")
+    packed = Sa2VAiModel.from_pretrained(tmp_path / "packed", dtype="auto")
+    assert packed.dtype == torch.float32
+    assert all(
+        torch.equal(tensor, model.state_dict()[name].half().float()) for name, tensor in packed.state_dict().items()
+    )
+    assert (tmp_path / "packed" / "model.safetensors").stat().st_size < 16e6
+    call(evaluate_sam2, tmp_path / "packed", "--scenes", 1, *threads)
     scores = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0 <= scores["J&F"] <= 1
     assert scores["objects"] >= 3
@@ -220,6 +225,45 @@ class TestPlaces:
         token, total = states[1, 3 * 4 + 1 * 2 + 0], sum(QUESTIONS.values())  # frame 3, row 1, column 0
         of_token = heads.scores(token).reshape(2, 2, total)
         torch.testing.assert_close(torch.cat(list(scores.values()), dim=-1)[1, 3, 2:4, 0:2], of_token)
+
+
+class TestWords:
+    def test_looks_are_at_the_shapes_that_answers_name(self, scene):
+        turns, looks = conversation(np.random.default_rng(0), scene)
+        names = [said.count("the ") for _, said in turns]
+        assert len(looks) == sum(names) + len(turns)
+        position = 0
+        for (_, said), number in zip(turns, names):
+            of_names, of_seg = looks[position : position + number], looks[position + number]
+            assert [said.index(scene.describe(target)) for (target,) in of_names] == sorted(
+                said.index(scene.describe(target)) for (target,) in of_names
+            )
+            assert of_seg == [target for (target,) in of_names]
+            position += number + 1
+        assert max(names) > 1
+
+    def test_tokens_hold_their_places(self, masks):
+        tokens = tokens_of(masks, 6)
+        assert tokens.shape == (len(masks), 5 * 36)
+        filled = 0
+        for number in range(len(masks)):
+            here = masks[number].reshape(5, 6, 24, 6, 32).mean(axis=(2, 4)) > 0.6
+            assert tokens[number][here.flatten()].all()
+            filled += here.sum()
+        assert filled
+
+    def test_what_the_attention_teaches(self):
+        """The loss of attention teaches the layers up to the one that is looked at, and no later ones."""
+        model = build.build(train_vision.build_vision(), build.build_tokenizer())
+        tokenizer = build.build_tokenizer()
+        model.preparing_for_generation(tokenizer)
+        model.language_model.set_attn_implementation("eager")
+        losses = word_losses(model, PlaceHeads(160), [1, 2])
+        assert 0 < losses["share"] < 1
+        losses["attention"].backward()
+        layers = model.language_model.model.layers
+        assert layers[train_words.LAYER].self_attn.q_proj.weight.grad.abs().sum() > 0
+        assert layers[train_words.LAYER + 1].self_attn.q_proj.weight.grad is None  # only what leads there is taught
 
 
 def scene_kind(shape) -> int:

@@ -211,22 +211,28 @@ class SyntheticScenes(Source):
         turns = []
         if random.random() < self._descriptions:
             turns.append((str(random.choice(DESCRIPTION_QUESTIONS)), describe_scene(scene)))
-        chosen = self._expressions(random, scene)
+        chosen = draw_expressions(random, scene, self._draw.num_objects)
         masks = np.zeros((len(chosen), *shape_masks.shape[1:]), dtype=bool)
         for number, expression in enumerate(chosen):
-            in_order = sorted(expression.targets, key=lambda target: scene.shapes[target].identity)
-            turns.append((question(random, expression.text), named_answer([scene.describe(one) for one in in_order])))
+            names = [scene.describe(target) for target in in_order(scene, expression)]
+            turns.append((question(random, expression.text), named_answer(names)))
             masks[number] = shape_masks[list(expression.targets)].any(axis=0)
         return Sample(
             self.id_of(index), [Image.fromarray(frame) for frame in frames], _with_image(random, turns), masks
         )
 
-    def _expressions(self, random: np.random.Generator, scene: Scene) -> list[SyntheticExpression]:
-        """Each kind of need as often as the others, as far as the scene has expressions of it."""
-        by_need = scene.expressions_by_need()
-        needs = random.permutation(sorted(by_need)).tolist()
-        wanted = [needs[number % len(needs)] for number in range(self._draw.num_objects)]
-        return [by_need[need][int(random.integers(len(by_need[need])))] for need in wanted]
+
+def draw_expressions(random: np.random.Generator, scene: Scene, number: int) -> list[SyntheticExpression]:
+    """`number` expressions, each kind of need as often as the others, as far as the scene has expressions of it."""
+    by_need = scene.expressions_by_need()
+    needs = random.permutation(sorted(by_need)).tolist()
+    wanted = [needs[index % len(needs)] for index in range(number)]
+    return [by_need[need][int(random.integers(len(by_need[need])))] for need in wanted]
+
+
+def in_order(scene: Scene, expression: SyntheticExpression) -> list[int]:
+    """The targets of an expression in the order in which answers name them."""
+    return sorted(expression.targets, key=lambda target: scene.shapes[target].identity)
 
 
 def describe_scene(scene: Scene) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The small model from nothing, into small/model. Each step goes on where it was killed; those that are done are skipped.
+# The small model from nothing, into small/packed. Each step goes on where it was killed; those that are done are skipped.
 # SAM 2 is trained on one core beside vision and language model on another; the last stage uses both.
 #   bash training/small/train.sh [FOLDER]
 set -euo pipefail
@@ -13,8 +13,9 @@ script() { python -m "sa2va_i.training.small.$1" "${@:2}"; }
 [ -d small/vision/vision ] || script train_vision small/vision
 [ -d small/untrained ] || script build small/vision/vision small/untrained
 [ -d small/places/places ] || script train_places small/untrained small/places
-[ -d small/words ] || sa2va-i train "$scripts/words.yaml"
+[ -d small/words/words ] || script train_words small/places small/words
 wait $!
-[ -d small/joined ] || script join small/words small/sam2/sam2 small/joined
+[ -d small/joined ] || script join small/words/words small/sam2/sam2 small/joined
 [ -d small/model ] || torchrun --nproc_per_node "${PROCESSES:-2}" -m sa2va_i.cli train "$scripts/masks.yaml"
-script evaluate_sam2 small/model
+[ -d small/packed ] || script pack small/model small/packed
+script evaluate_sam2 small/packed

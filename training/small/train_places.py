@@ -59,19 +59,30 @@ class PlaceHeads(nn.Module):
         return dict(zip(QUESTIONS, scores.split(list(QUESTIONS.values()), dim=-1), strict=True))
 
 
+def shapes_at(masks: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The shape that is at each place, and the one that was there one frame before and is gone from the picture; both
+    (F, side, side), -1 for none.
+
+    Args:
+        masks: (K, F, height, width) of a scene's shapes.
+    """
+    num_shapes, num_frames, height, width = masks.shape
+    cover = masks.reshape(num_shapes, num_frames, side, height // side, side, width // side).mean(axis=(3, 5))
+    shape_at = np.where(cover.max(axis=0) > MIN_COVER, cover.argmax(axis=0), -1)
+    before = np.concatenate([np.full_like(shape_at[:1], -1), shape_at[:-1]])
+    is_gone = ~masks.any(axis=(2, 3))[before, np.arange(num_frames)[:, None, None]]
+    return shape_at, np.where((before >= 0) & is_gone, before, -1)
+
+
 def place_labels(scene: Scene, masks: np.ndarray, side: int) -> dict[str, np.ndarray]:
     """(F, side, side) classes for each of `QUESTIONS`, `IGNORED` where there is nothing to say.
 
     Args:
         masks: (K, F, height, width) of the scene's shapes.
     """
-    num_shapes, num_frames, height, width = masks.shape
-    cover = masks.reshape(num_shapes, num_frames, side, height // side, side, width // side).mean(axis=(3, 5))
-    shape_at = np.where(cover.max(axis=0) > MIN_COVER, cover.argmax(axis=0), -1)  # -1: background
+    num_shapes, num_frames = masks.shape[:2]
     visible = masks.any(axis=(2, 3))
-    before = np.concatenate([np.full_like(shape_at[:1], -1), shape_at[:-1]])  # one frame earlier
-    is_gone = ~visible[before, np.arange(num_frames)[:, None, None]]
-    gone_at = np.where((before >= 0) & is_gone, before, -1)
+    shape_at, gone_at = shapes_at(masks, side)
 
     def look_up(values: Sequence[int], places: np.ndarray, of_nothing: int) -> np.ndarray:
         return np.array([*values, of_nothing])[places]  # -1 is the last
@@ -104,18 +115,24 @@ def middle_states(model: Sa2VAiModel, scenes: Sequence[list[Image.Image]]) -> Te
     return decoded.hidden_states[MIDDLE][is_visual].unflatten(0, (len(scenes), -1))
 
 
-def place_losses(model: Sa2VAiModel, heads: PlaceHeads, seeds: Sequence[int]) -> dict[str, Tensor]:
-    """Cross-entropy, the mean of all questions, and for each the share of the shapes' places that are right."""
-    side = PLACES_OF_TOKEN * model.config.token_grid_size
-    frames, labels = [], []
-    for seed in seeds:
-        random = np.random.default_rng((seed, 3))
-        scene = Scene(seed, int(random.integers(16, 33)))
-        pixels, masks = scene.render_all(uniform_frames(random, scene.num_frames, NUM_FRAMES))
-        frames.append([Image.fromarray(one) for one in pixels])
-        labels.append(place_labels(scene, masks, side))
+def draw_scene(random: np.random.Generator, seed: int) -> tuple[Scene, list[Image.Image], np.ndarray]:
+    """A scene of any length, some of its frames, and the masks (K, F, height, width) of its shapes there."""
+    scene = Scene(seed, int(random.integers(16, 33)))
+    pixels, masks = scene.render_all(uniform_frames(random, scene.num_frames, NUM_FRAMES))
+    return scene, [Image.fromarray(one) for one in pixels], masks
+
+
+def place_losses(heads: PlaceHeads, states: Tensor, scenes: Sequence[tuple[Scene, np.ndarray]]) -> dict[str, Tensor]:
+    """Cross-entropy, the mean of all questions, and for each the share of the shapes' places that are right.
+
+    Args:
+        states: (B, F * tokens, C) of the visual tokens, at layer `MIDDLE`.
+        scenes: B scenes, with the masks of their shapes in the frames.
+    """
+    side = PLACES_OF_TOKEN * round((states.shape[1] / NUM_FRAMES) ** 0.5)
+    labels = [place_labels(scene, masks, side) for scene, masks in scenes]
     losses, right = [], {}
-    for name, scores in heads(middle_states(model, frames)).items():
+    for name, scores in heads(states).items():
         target = torch.from_numpy(np.stack([one[name] for one in labels])).to(scores.device)
         values = F.cross_entropy(scores.flatten(0, -2), target.flatten(), reduction="none", ignore_index=IGNORED)
         has_background = name not in ("motion", "presence")
@@ -139,7 +156,9 @@ def main() -> None:
 
     def backward(seed: int) -> dict[str, Tensor]:
         first = seed // SEEDS_OF_STEP * SCENES_OF_STEP
-        losses = place_losses(model, heads, range(first, first + SCENES_OF_STEP))
+        drawn = [draw_scene(np.random.default_rng((one, 3)), one) for one in range(first, first + SCENES_OF_STEP)]
+        states = middle_states(model, [frames for _, frames, _ in drawn])
+        losses = place_losses(heads, states, [(scene, masks) for scene, _, masks in drawn])
         losses["places"].backward()
         return losses
 

@@ -4,12 +4,12 @@
 
 Phase by phase. Pixels: the image encoder alone learns kind, colour and size of the shape at each place of its three
 feature maps, by heads that are thrown away (Meta's encoder was pretrained too; from masks alone it learns slowly).
-Pairs of frames, then clips of six and of eight: one to three frames of a clip are prompted with the true masks (some roughened), the
-others tracked by the very loop that inference runs; two are also decoded without memory from the shape's name, as
-embeddings that are thrown away afterwards: the decoder learns to be asked. Losses as in SAM 2: of the masks, of the
-predicted IoU, and of whether the object is there; but of all three masks and not of the best, for these shapes are not
-ambiguous, and the best of three can be right without looking at the prompt. A killed run goes on from its last
-checkpoint.
+Pairs of frames, then clips of six and of eight: one to three frames of a clip are prompted with the true masks (some
+roughened), the others tracked by the very loop that inference runs; two are also decoded without memory from the
+shape's name, as embeddings that are thrown away afterwards: the decoder learns to be asked. Losses as in SAM 2: of the
+masks, of the predicted IoU, and of whether the object is there; but of all three masks and not of the best, for these
+shapes are not ambiguous, and the best of three can be right without looking at the prompt. A killed run goes on from
+its last checkpoint.
 """
 
 import argparse

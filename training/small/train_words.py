@@ -1,0 +1,127 @@
+"""The small Sa2VA-i learns to answer: which shape is meant, in words, and where to look for it.
+
+    python -m sa2va_i.training.small.train_words PLACES OUT
+
+PLACES: the folder that `train_places` made. Text cross-entropy as in the recipe, and beside it two losses that are not:
+those of the places go on, and of two attention heads, at each name and at `[SEG]`, as much as possible must fall on the
+tokens where the shape is (or was, just before it was gone). From the words alone the language model finds out slowly
+where to look. The vision model stays as it is.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...loading import load
+from ...modeling_sa2va_i import Sa2VAiModel
+from ...publish import save_package
+from ..data import Sample, draw_expressions, in_order
+from ..encode import Collator
+from ..synthetic import Scene
+from ..wording import named_answer, question, with_image
+from .loop import SEEDS_OF_STEP, Phase, run
+from .train_places import (
+    IGNORED,
+    MIDDLE,
+    PLACES_OF_TOKEN,
+    SCENES_OF_STEP,
+    PlaceHeads,
+    draw_scene,
+    place_losses,
+    shapes_at,
+)
+
+NUM_TURNS = 6
+LAYER, NUM_HEADS = 4, 2  # whose attention is taught
+BESIDE_TEXT = 0.5  # weight of the other losses
+
+
+def conversation(random: np.random.Generator, scene: Scene) -> tuple[list[tuple[str, str]], list[list[int]]]:
+    """Questions and answers about a scene, and the shapes to look at, by token that does: each name's, then all of them
+    at `[SEG]`."""
+    turns, looks = [], []
+    for expression in draw_expressions(random, scene, NUM_TURNS):
+        targets = in_order(scene, expression)
+        turns.append((question(random, expression.text), named_answer([scene.describe(target) for target in targets])))
+        looks += [*([target] for target in targets), targets]
+    (first, said), *rest = turns
+    return [(with_image(random, first), said), *rest], looks
+
+
+def tokens_of(masks: np.ndarray, grid_size: int) -> np.ndarray:
+    """(K, F * grid_size ** 2) bool: the visual tokens where each shape is, or was before it was gone."""
+    at = np.stack(shapes_at(masks, PLACES_OF_TOKEN * grid_size))  # (2, F, side, side)
+    is_at = at[None] == np.arange(len(masks))[:, None, None, None, None]
+    blocks = is_at.reshape(*is_at.shape[:3], grid_size, PLACES_OF_TOKEN, grid_size, PLACES_OF_TOKEN)
+    return blocks.any(axis=(1, 4, 6)).reshape(len(masks), -1)
+
+
+def word_losses(model: Sa2VAiModel, heads: PlaceHeads, seeds: Sequence[int]) -> dict[str, Tensor]:
+    """text, places and attention: the losses; named: share of the attention that falls where it should."""
+    drawn, samples, looks = [], [], []
+    for seed in seeds:
+        random = np.random.default_rng((seed, 4))
+        scene, frames, masks = draw_scene(random, seed)
+        turns, of_scene = conversation(random, scene)
+        drawn.append((scene, masks))
+        samples.append(Sample(f"synthetic/{seed}", frames, turns, masks))
+        looks.append(of_scene)
+    batch = Collator(model.processor, with_masks=False)(samples)
+    input_ids, labels = batch["input_ids"], batch["labels"]
+    with torch.no_grad():
+        image_features = model.get_image_features(batch["pixel_values"])
+    decoded = model.get_decoder()(
+        inputs_embeds=model.embed_prompt(input_ids, batch["pixel_values"], image_features=image_features),
+        attention_mask=batch["attention_mask"],
+        use_cache=False,
+        output_hidden_states=True,
+        output_attentions=True,
+    )
+    logits = model.get_output_embeddings()(decoded.last_hidden_state[:, :-1])
+    text = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    is_visual = input_ids == model.config.img_context_token_id
+    states = decoded.hidden_states[MIDDLE][is_visual].unflatten(0, (len(samples), -1))
+    name_id = model.processor.tokenizer(" the", add_special_tokens=False).input_ids[0]
+    does_look = (labels == name_id) | (labels == model.config.seg_token_id)
+    shares = []
+    for index, (_, masks) in enumerate(drawn):
+        tokens = torch.from_numpy(tokens_of(masks, model.config.token_grid_size))
+        attention = decoded.attentions[LAYER][index, :NUM_HEADS, does_look[index]][..., is_visual[index]]
+        wanted = torch.stack([tokens[shapes].any(dim=0) for shapes in looks[index]])
+        shares.append((attention * wanted).sum(dim=-1).flatten())
+    share = torch.cat(shares)
+    losses = place_losses(heads, states, drawn)
+    right = (logits.argmax(dim=-1) == labels[:, 1:])[labels[:, 1:] != IGNORED].float().mean()
+    return {"text": text, "attention": -(share + 1e-4).log().mean(), **losses, "share": share.mean(), "tokens": right}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("places", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model = load(arguments.places / "places", attn_implementation="eager")  # which tells its attention
+    heads = PlaceHeads(model.language_model.config.hidden_size)
+    heads.load_state_dict(torch.load(arguments.places / "checkpoint.pt", weights_only=True)["heads"])
+
+    def backward(seed: int) -> dict[str, Tensor]:
+        first = seed // SEEDS_OF_STEP * SCENES_OF_STEP
+        losses = word_losses(model, heads, range(first, first + SCENES_OF_STEP))
+        (losses["text"] + BESIDE_TEXT * (losses["attention"] + losses["places"])).backward()
+        return losses
+
+    trained = {"mlp1": model.mlp1, "language_model": model.language_model, "heads": heads}
+    run(arguments.out, trained, [Phase("words", arguments.steps, 6e-4, backward)])
+    save_package(model.eval(), model.processor.tokenizer, arguments.out / "words")
+
+
+if __name__ == "__main__":
+    main()
