@@ -16,7 +16,7 @@ from sa2va_i.training.small.loop import Phase, run
 from sa2va_i.training.small.pixels import PixelHeads, labelled_frames, pixel_losses
 from sa2va_i.training.small.train_places import IGNORED, MOTIONS, PRESENCE, QUESTIONS, PlaceHeads, place_labels
 from sa2va_i.training.small.train_sam2 import build_sam2, frame_losses, sample_frames
-from sa2va_i.training.small.train_words import conversation, tokens_of, word_losses
+from sa2va_i.training.small.train_words import asked_for, conversation, tokens_of, word_losses
 from sa2va_i.training.synthetic import Scene
 
 SMALL = Path(small.__file__).parent
@@ -33,7 +33,21 @@ def call(monkeypatch):
 
 def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     threads = ("--threads", torch.get_num_threads())
-    call(train_sam2, tmp_path / "sam2", "--pixels", 1, "--pairs", 1, "--clips", 1, "--long-clips", 1, *threads)
+    call(
+        train_sam2,
+        tmp_path / "sam2",
+        "--pixels",
+        1,
+        "--pairs",
+        1,
+        "--clips",
+        1,
+        "--long-clips",
+        1,
+        "--memory",
+        1,
+        *threads,
+    )
     call(train_vision, tmp_path / "vision", "--steps", 1, *threads)
     call(build, tmp_path / "vision" / "vision", tmp_path / "untrained")
     call(train_places, tmp_path / "untrained", tmp_path / "places", "--steps", 1, *threads)
@@ -234,13 +248,27 @@ class TestWords:
         assert len(looks) == sum(names) + len(turns)
         position = 0
         for (_, said), number in zip(turns, names):
-            of_names, of_seg = looks[position : position + number], looks[position + number]
-            assert [said.index(scene.describe(target)) for (target,) in of_names] == sorted(
-                said.index(scene.describe(target)) for (target,) in of_names
-            )
+            *of_names, of_seg = [look.shapes for look in looks[position : position + number + 1]]
+            order = [said.index(scene.describe(target)) for (target,) in of_names]
+            assert order == sorted(order)
             assert of_seg == [target for (target,) in of_names]
             position += number + 1
         assert max(names) > 1
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("the small red circle", {"kind": 1, "color": 1, "size": 1}),
+            ("all stars", {"kind": 4}),
+            ("the green shape moving left", {"color": 2, "motion": MOTIONS.index("left")}),
+            ("the square that stays still", {"kind": 2, "motion": MOTIONS.index("still")}),
+            ("the shape that appears last", {"presence": PRESENCE.index("late")}),
+            ("the shape that leaves and comes back", {"presence": PRESENCE.index("back")}),
+            ("the shape that disappears", {}),
+        ],
+    )
+    def test_what_is_asked_for(self, text, said):
+        assert {name: value for name, value in asked_for(text).items() if value != IGNORED} == said
 
     def test_tokens_hold_their_places(self, masks):
         tokens = tokens_of(masks, 6)

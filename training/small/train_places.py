@@ -56,6 +56,14 @@ class PlaceHeads(nn.Module):
         fine = (PLACES_OF_TOKEN, PLACES_OF_TOKEN)
         scores = self.scores(states).unflatten(1, (NUM_FRAMES, side, side)).unflatten(-1, (*fine, -1))
         scores = scores.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)
+        return self._by_question(scores)
+
+    def read_tokens(self, states: Tensor) -> dict[str, Tensor]:
+        """Scores (N, classes) for tokens that are of no place, from states (N, C): the mean over a token's places."""
+        return self._by_question(self.scores(states).unflatten(-1, (PLACES_OF_TOKEN**2, -1)).mean(dim=1))
+
+    @staticmethod
+    def _by_question(scores: Tensor) -> dict[str, Tensor]:
         return dict(zip(QUESTIONS, scores.split(list(QUESTIONS.values()), dim=-1), strict=True))
 
 

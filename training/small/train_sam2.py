@@ -4,12 +4,12 @@
 
 Phase by phase. Pixels: the image encoder alone learns kind, colour and size of the shape at each place of its three
 feature maps, by heads that are thrown away (Meta's encoder was pretrained too; from masks alone it learns slowly).
-Pairs of frames, then clips of six and of eight: one to three frames of a clip are prompted with the true masks (some
-roughened), the others tracked by the very loop that inference runs; two are also decoded without memory from the
-shape's name, as embeddings that are thrown away afterwards: the decoder learns to be asked. Losses as in SAM 2: of the
-masks, of the predicted IoU, and of whether the object is there; but of all three masks and not of the best, for these
-shapes are not ambiguous, and the best of three can be right without looking at the prompt. A killed run goes on from
-its last checkpoint.
+Pairs of frames, then clips of six, of eight, and of ten with the image encoder frozen: one to three frames of a clip
+are prompted with the true masks (some roughened), the others tracked by the very loop that inference runs; two are also
+decoded without memory from the shape's name, as embeddings that are thrown away afterwards: the decoder learns to be
+asked. Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the object is there; but of all three
+masks and not of the best, for these shapes are not ambiguous, and the best of three can be right without looking at the
+prompt. A killed run goes on from its last checkpoint.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from .pixels import VOCABULARIES, PixelHeads, pixel_phase
 
 HERE = Path(__file__).parent
 LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edges
-PAIRS, CLIP, LONG_CLIP = 2, 6, 8  # frames of a clip, from phase to phase
+PAIRS, CLIP, LONG_CLIP, LONGEST_CLIP = 2, 6, 8, 10  # frames of a clip, from phase to phase
 SCENES_OF_PAIRS = 2  # in a step
 NAMED_FRAMES = 2  # of a clip, decoded from names
 NAMES = sum(VOCABULARIES, ())
@@ -93,7 +93,9 @@ def roughen(random: np.random.Generator, masks: Tensor) -> Tensor:
     return torch.roll(masks, random.integers(-2, 3, 2).tolist(), (2, 3))
 
 
-def scene_losses(sam2: Sam2Propagator, names: NamePrompts, seed: int, num_frames: int) -> dict[str, Tensor]:
+def scene_losses(
+    sam2: Sam2Propagator, names: NamePrompts, seed: int, num_frames: int, trains_encoder: bool = True
+) -> dict[str, Tensor]:
     """The losses of one scene, means over its frames."""
     random = np.random.default_rng((seed, 1))
     length, frame_indices, prompts = sample_frames(random, num_frames)
@@ -102,7 +104,8 @@ def scene_losses(sam2: Sam2Propagator, names: NamePrompts, seed: int, num_frames
     pixel_values = to_pixel_values([Image.fromarray(frame) for frame in frames], sam2.image_side, SAM2_MEAN, SAM2_STD)
     masks = torch.from_numpy(masks).to(sam2.device)
     targets = F.interpolate(masks.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K, F, side, side)
-    pyramid = sam2.encode_images(pixel_values)
+    with torch.set_grad_enabled(trains_encoder):
+        pyramid = sam2.encode_images(pixel_values)
     features = [sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid]) for idx in range(num_frames)]
     prompts_by_name, losses = names(scene.shapes), []
     for idx in random.choice(num_frames, NAMED_FRAMES, replace=False):
@@ -168,6 +171,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3000, help="steps on pairs of frames")
     parser.add_argument("--clips", type=int, default=3000, help="steps on clips of six frames")
     parser.add_argument("--long-clips", type=int, default=1600, help="steps on clips of eight frames")
+    parser.add_argument("--memory", type=int, default=1000, help="steps on clips of ten, the image encoder frozen")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -178,9 +182,9 @@ def main() -> None:
     def encode(images: list[Image.Image]) -> tuple[Tensor, ...]:
         return sam2.encode_images(to_pixel_values(images, sam2.image_side, SAM2_MEAN, SAM2_STD))
 
-    def scenes(seed: int, num_scenes: int, num_frames: int) -> dict[str, Tensor]:
+    def scenes(seed: int, num_scenes: int, num_frames: int, trains_encoder: bool = True) -> dict[str, Tensor]:
         for one in range(seed, seed + num_scenes):
-            losses = scene_losses(sam2, names, one, num_frames)
+            losses = scene_losses(sam2, names, one, num_frames, trains_encoder)
             (sum(loss for name, loss in losses.items() if name != "chosen_iou") / num_scenes).backward()
         return losses
 
@@ -189,6 +193,7 @@ def main() -> None:
         Phase("pairs", arguments.pairs, 2e-4, lambda seed: scenes(seed, SCENES_OF_PAIRS, PAIRS)),
         Phase("clips", arguments.clips, 2e-4, lambda seed: scenes(seed, 1, CLIP)),
         Phase("long clips", arguments.long_clips, 1.5e-4, lambda seed: scenes(seed, 1, LONG_CLIP)),
+        Phase("memory", arguments.memory, 1.5e-4, lambda seed: scenes(seed, 1, LONGEST_CLIP, trains_encoder=False)),
     ]
     run(arguments.out, {"sam2": sam2, "names": names, "heads": heads}, phases)
     sam2.eval().save_pretrained(arguments.out / "sam2")

@@ -2,14 +2,16 @@
 
     python -m sa2va_i.training.small.train_words PLACES OUT
 
-PLACES: the folder that `train_places` made. Text cross-entropy as in the recipe, and beside it two losses that are not:
-those of the places go on, and of two attention heads, at each name and at `[SEG]`, as much as possible must fall on the
-tokens where the shape is (or was, just before it was gone). From the words alone the language model finds out slowly
-where to look. The vision model stays as it is.
+PLACES: the folder that `train_places` made. Text cross-entropy as in the recipe, and beside it three losses that are
+not. Those of the places go on. At each name and at `[SEG]`, the heads that read places must read what was asked for
+(its kind, colour, motion, ...), and the attention of two heads of the next layer must fall on the tokens where the
+shape is, or was just before it was gone. From the words alone the language model finds out slowly where to look. The
+vision model stays as it is.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,15 @@ from ..encode import Collator
 from ..synthetic import Scene
 from ..wording import named_answer, question, with_image
 from .loop import SEEDS_OF_STEP, Phase, run
+from .pixels import VOCABULARIES
 from .train_places import (
+    IDENTITY,
     IGNORED,
     MIDDLE,
+    MOTIONS,
     PLACES_OF_TOKEN,
+    PRESENCE,
+    QUESTIONS,
     SCENES_OF_STEP,
     PlaceHeads,
     draw_scene,
@@ -41,16 +48,41 @@ LAYER, NUM_HEADS = 4, 2  # whose attention is taught
 BESIDE_TEXT = 0.5  # weight of the other losses
 
 
-def conversation(random: np.random.Generator, scene: Scene) -> tuple[list[tuple[str, str]], list[list[int]]]:
-    """Questions and answers about a scene, and the shapes to look at, by token that does: each name's, then all of them
-    at `[SEG]`."""
+@dataclass(frozen=True)
+class Look:
+    """What a token looks for: the shapes, and what was said of them (as classes of `QUESTIONS`, or `IGNORED`)."""
+
+    shapes: list[int]
+    asked: dict[str, int]
+
+
+def conversation(random: np.random.Generator, scene: Scene) -> tuple[list[tuple[str, str]], list[Look]]:
+    """Questions and answers about a scene; a look for each name in them, and after them for `[SEG]`."""
     turns, looks = [], []
     for expression in draw_expressions(random, scene, NUM_TURNS):
         targets = in_order(scene, expression)
         turns.append((question(random, expression.text), named_answer([scene.describe(target) for target in targets])))
-        looks += [*([target] for target in targets), targets]
+        asked = asked_for(expression.text)
+        looks += [Look(shapes, asked) for shapes in (*([target] for target in targets), targets)]
     (first, said), *rest = turns
     return [(with_image(random, first), said), *rest], looks
+
+
+def asked_for(text: str) -> dict[str, int]:
+    """What an expression says of its shapes, as classes of `QUESTIONS`; `IGNORED` where it says nothing."""
+    words = text.split()
+    asked = dict.fromkeys(QUESTIONS, IGNORED)
+    for name, vocabulary in zip(IDENTITY, VOCABULARIES, strict=True):
+        for number, word in enumerate(vocabulary):
+            if word in words or f"{word}s" in words:
+                asked[name] = number + 1
+    for number, motion in enumerate(MOTIONS[:-1]):
+        if motion in words:
+            asked["motion"] = number
+    for phrase, presence in (("appears last", "late"), ("comes back", "back")):
+        if phrase in text:
+            asked["presence"] = PRESENCE.index(presence)
+    return asked
 
 
 def tokens_of(masks: np.ndarray, grid_size: int) -> np.ndarray:
@@ -62,7 +94,8 @@ def tokens_of(masks: np.ndarray, grid_size: int) -> np.ndarray:
 
 
 def word_losses(model: Sa2VAiModel, heads: PlaceHeads, seeds: Sequence[int]) -> dict[str, Tensor]:
-    """text, places and attention: the losses; named: share of the attention that falls where it should."""
+    """text, asked, attention and places: the losses; share: of the attention, that falls where it should; tokens: share
+    of the answers' tokens that are right."""
     drawn, samples, looks = [], [], []
     for seed in seeds:
         random = np.random.default_rng((seed, 4))
@@ -88,16 +121,31 @@ def word_losses(model: Sa2VAiModel, heads: PlaceHeads, seeds: Sequence[int]) -> 
     states = decoded.hidden_states[MIDDLE][is_visual].unflatten(0, (len(samples), -1))
     name_id = model.processor.tokenizer(" the", add_special_tokens=False).input_ids[0]
     does_look = (labels == name_id) | (labels == model.config.seg_token_id)
+    asked = [look.asked for of_scene in looks for look in of_scene]
+    read = heads.read_tokens(decoded.hidden_states[LAYER][does_look])
+    targets = {name: torch.tensor([one[name] for one in asked]) for name in QUESTIONS}
+    of_questions = [
+        F.cross_entropy(read[name], target, ignore_index=IGNORED)
+        for name, target in targets.items()
+        if (target != IGNORED).any()
+    ]
     shares = []
     for index, (_, masks) in enumerate(drawn):
         tokens = torch.from_numpy(tokens_of(masks, model.config.token_grid_size))
         attention = decoded.attentions[LAYER][index, :NUM_HEADS, does_look[index]][..., is_visual[index]]
-        wanted = torch.stack([tokens[shapes].any(dim=0) for shapes in looks[index]])
+        wanted = torch.stack([tokens[look.shapes].any(dim=0) for look in looks[index]])
         shares.append((attention * wanted).sum(dim=-1).flatten())
     share = torch.cat(shares)
     losses = place_losses(heads, states, drawn)
     right = (logits.argmax(dim=-1) == labels[:, 1:])[labels[:, 1:] != IGNORED].float().mean()
-    return {"text": text, "attention": -(share + 1e-4).log().mean(), **losses, "share": share.mean(), "tokens": right}
+    return {
+        "text": text,
+        "asked": torch.stack(of_questions).mean(),
+        "attention": -(share + 1e-4).log().mean(),
+        **losses,
+        "share": share.mean(),
+        "tokens": right,
+    }
 
 
 def main() -> None:
@@ -115,7 +163,8 @@ def main() -> None:
     def backward(seed: int) -> dict[str, Tensor]:
         first = seed // SEEDS_OF_STEP * SCENES_OF_STEP
         losses = word_losses(model, heads, range(first, first + SCENES_OF_STEP))
-        (losses["text"] + BESIDE_TEXT * (losses["attention"] + losses["places"])).backward()
+        beside = losses["asked"] + losses["attention"] + losses["places"]
+        (losses["text"] + BESIDE_TEXT * beside).backward()
         return losses
 
     trained = {"mlp1": model.mlp1, "language_model": model.language_model, "heads": heads}
