@@ -29,7 +29,7 @@ from .configuration_sa2va_i import Sa2VAiConfig
 from .files import check_disk_space, check_new_folder, read_json, staged_folder, write_json
 from .internlm2_tokenizer import convert_internlm2_tokenizer
 from .modeling_sa2va_i import Sa2VAiModel
-from .publish import make_card, write_package
+from .publish import write_card, write_package
 from .safetensors_io import DTYPES, INDEX_FILE, TensorFiles, checkpoint_files, file_sha256, num_bytes, write_tensors
 
 TOKENIZER_FILES = (
@@ -145,7 +145,7 @@ def convert_checkpoint(
         write_configs(staged, folder, config)
         hashes = write_weights(staged, plan, layout, weights, max_shard_size, progress)
         write_json(staged / "conversion.json", provenance(source, folder, sam2_file, hashes))
-        make_card(staged, repo_id=out.name).save(staged / "README.md")
+        write_card(staged, repo_id=out.name)
         check_written(staged, layout)
         if verify:
             verify_parts(staged, num_bytes(layout.values()))

@@ -13,6 +13,7 @@ from .modeling_sa2va_i import Sa2VAiModel
 from .processing_sa2va_i import Sa2VAiProcessor
 
 CARDS = Path(__file__).parent / "hub_cards"
+PICTURE = "overlay.png"
 SPACE = "https://huggingface.co/spaces/kumuji/Sa2VA-i"
 LARGE = 5_000_000_000  # bytes from which an upload is split and can be resumed
 REMOTE_CODE = (
@@ -103,6 +104,12 @@ def make_card(folder: Path, repo_id: str) -> ModelCard:
         vision_size="6B" if config.vision_config.hidden_size == 3200 else "300M",
         sample_num_frames=config.sample_num_frames,
     )
+
+
+def write_card(folder: Path, repo_id: str) -> None:
+    """Write the card into the folder of a converted checkpoint, with its picture."""
+    make_card(folder, repo_id).save(folder / "README.md")
+    shutil.copyfile(CARDS / PICTURE, folder / PICTURE)
 
 
 def push_to_hub(folder: Path, repo_id: str, private: bool = False, api: HfApi | None = None) -> str:

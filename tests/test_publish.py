@@ -78,6 +78,8 @@ def test_research_licence_is_marked(folder_of):
 def test_a_model_of_ones_own(converted):
     """Not one of those published: a card without their facts."""
     card = ModelCard.load(converted / "README.md")
+    assert f"]({publish.PICTURE})" in card.text
+    assert (converted / publish.PICTURE).read_bytes() == (publish.CARDS / publish.PICTURE).read_bytes()
     assert "# Sa2VA-i\n" in card.content
     assert "report no numbers" in card.text
 

@@ -63,6 +63,7 @@ def test_command(command, folder, tmp_path, monkeypatch, sam2_config):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(convert_checkpoint, "SAM2_HIERA_LARGE", sam2_config)
     monkeypatch.setenv("SA2VA_I_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sa2va_i.space.page.serve", lambda page, service, **options: service.close())
     arguments = shlex.split(command)
     if arguments[1] == "convert":  # its output is another command's input
         arguments[3] = str(tmp_path / "converted")
@@ -77,6 +78,7 @@ def test_there_is_something_to_test():
     assert {shlex.split(command)[1] for command in COMMANDS} == {
         "segment",
         "convert",
+        "demo",
         "evaluate",
         "info",
         "synthetic",

@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3000, help="steps on pairs of frames")
     parser.add_argument("--clips", type=int, default=3000, help="steps on clips of six frames")
     parser.add_argument("--long-clips", type=int, default=1600, help="steps on clips of eight frames")
-    parser.add_argument("--memory", type=int, default=1000, help="steps on clips of ten, the image encoder frozen")
+    parser.add_argument("--memory", type=int, default=600, help="steps on clips of ten, the image encoder frozen")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
