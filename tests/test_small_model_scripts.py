@@ -53,10 +53,12 @@ def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     call(train_places, tmp_path / "untrained", tmp_path / "places", "--steps", 1, *threads)
     call(train_words, tmp_path / "places", tmp_path / "words", "--steps", 1, *threads)
     call(join, tmp_path / "words" / "words", tmp_path / "sam2" / "sam2", tmp_path / "joined")
-    content = yaml.safe_load((SMALL / "masks.yaml").read_text())
-    content.update(model=str(tmp_path / "joined"), out=str(tmp_path / "model"))
-    content["trainer"].update(max_steps=1, warmup_steps=0, per_device_train_batch_size=1, use_cpu=True)
-    last = train(TrainConfig(**content))
+    last = tmp_path / "joined"
+    for stage in ("masks", "together"):
+        content = yaml.safe_load((SMALL / f"{stage}.yaml").read_text())
+        content.update(model=str(last), out=str(tmp_path / stage))
+        content["trainer"].update(max_steps=1, warmup_steps=0, per_device_train_batch_size=1, use_cpu=True)
+        last = train(TrainConfig(**content))
     model = Sa2VAiModel.from_pretrained(last)
     sam2 = train_sam2.Sam2Propagator.from_pretrained(tmp_path / "sam2" / "sam2").state_dict()
     assert all(torch.equal(sam2[name], tensor) for name, tensor in model.propagator.state_dict().items())
@@ -134,8 +136,8 @@ def test_pixel_losses_fall_when_the_answer_is_given():
         heads.levels[0].bias.zero_()
     channels = [torch.nn.functional.one_hot(one.long(), size) for one, size in zip(labels.unbind(1), (5, 7, 3))]
     features = torch.cat(channels, dim=-1).permute(0, 3, 1, 2).float()
-    perfect = pixel_losses(lambda images: [features], heads, [3])
-    wrong = pixel_losses(lambda images: [features.roll(1, dims=1)], heads, [3])
+    perfect = pixel_losses(heads, [features], labels)
+    wrong = pixel_losses(heads, [features.roll(1, dims=1)], labels)
     assert perfect["right"] == 1
     assert perfect["pixels"] < 1e-3 < 1 < wrong["pixels"]
 
@@ -164,6 +166,9 @@ def test_a_right_mask_costs_less_than_a_wrong_one():
     assert cheap["chosen_iou"] > 0.9 > 0.1 > dear["chosen_iou"]
     for name in ("focal", "dice", "presence"):
         assert cheap[name] < 0.2 < dear[name]
+    seen_where_it_is_not = right._replace(candidates=logits[[0, 0]].expand(-1, 3, -1, -1))
+    assert frame_losses(seen_where_it_is_not, targets)["focal"] == cheap["focal"]
+    assert frame_losses(seen_where_it_is_not, targets, learns_absence=True)["focal"] > 1
 
 
 @pytest.fixture(scope="module")

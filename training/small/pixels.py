@@ -34,6 +34,15 @@ class PixelHeads(nn.Module):
         return [head(level).split(self.sizes, dim=1) for head, level in zip(self.levels, feature_maps, strict=True)]
 
 
+def classes_of(scene: Scene, masks: np.ndarray) -> np.ndarray:
+    """(3, height, width) float32 classes of a frame's pixels, from the masks (K, height, width) of the shapes there."""
+    classes = np.zeros((len(VOCABULARIES), *scene.size), dtype=np.float32)
+    for shape, mask in zip(scene.shapes, masks, strict=True):
+        for of_words, words, word in zip(classes, VOCABULARIES, shape.identity, strict=True):
+            of_words[mask] = words.index(word) + 1
+    return classes
+
+
 def labelled_frames(seeds: Sequence[int]) -> tuple[list[Image.Image], Tensor]:
     """Two frames of each scene, and (B, 3, height, width) classes of their pixels."""
     images, labels = [], []
@@ -41,21 +50,17 @@ def labelled_frames(seeds: Sequence[int]) -> tuple[list[Image.Image], Tensor]:
         scene = Scene(seed)
         for frame_idx in np.random.default_rng((seed, 2)).choice(scene.num_frames, FRAMES_OF_SCENE, replace=False):
             frame, masks = scene.render(int(frame_idx))
-            classes = np.zeros((len(VOCABULARIES), *scene.size), dtype=np.float32)
-            for shape, mask in zip(scene.shapes, masks, strict=True):
-                for of_words, words, word in zip(classes, VOCABULARIES, shape.identity, strict=True):
-                    of_words[mask] = words.index(word) + 1
             images.append(Image.fromarray(frame))
-            labels.append(classes)
+            labels.append(classes_of(scene, masks))
     return images, torch.from_numpy(np.stack(labels))
 
 
-def pixel_losses(
-    encode: Callable[[list[Image.Image]], Sequence[Tensor]], heads: PixelHeads, seeds: Sequence[int]
-) -> dict[str, Tensor]:
-    """Cross-entropy, and the share of the shapes' places that are right, means over feature maps and vocabularies."""
-    images, labels = labelled_frames(seeds)
-    feature_maps = encode(images)
+def pixel_losses(heads: PixelHeads, feature_maps: Sequence[Tensor], labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy, and the share of the shapes' places that are right, means over feature maps and vocabularies.
+
+    Args:
+        labels: (B, 3, height, width) classes of the pixels.
+    """
     losses, right = [], []
     for scores, level in zip(heads(feature_maps), feature_maps, strict=True):
         targets = F.interpolate(labels.to(level.device), level.shape[-2:], mode="nearest").long()
@@ -69,7 +74,8 @@ def pixel_phase(encode: Callable[[list[Image.Image]], Sequence[Tensor]], heads: 
     """Training by `pixel_losses`, all seeds of a step in one batch."""
 
     def backward(seed: int) -> dict[str, Tensor]:
-        losses = pixel_losses(encode, heads, range(seed, seed + SEEDS_OF_STEP))
+        images, labels = labelled_frames(range(seed, seed + SEEDS_OF_STEP))
+        losses = pixel_losses(heads, encode(images), labels)
         losses["pixels"].backward()
         return losses
 

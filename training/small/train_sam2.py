@@ -28,13 +28,14 @@ from ...processing_sa2va_i import SAM2_MEAN, SAM2_STD, to_pixel_values
 from ...sam2_propagator import DecodedMasks, FrameFeatures, ObjectTracker, Sam2Propagator, resize
 from ..synthetic import Scene, Shape
 from .loop import Phase, run
-from .pixels import VOCABULARIES, PixelHeads, pixel_phase
+from .pixels import VOCABULARIES, PixelHeads, classes_of, pixel_losses, pixel_phase
 
 HERE = Path(__file__).parent
 LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edges
 PAIRS, CLIP, LONG_CLIP, LONGEST_CLIP = 2, 6, 8, 10  # frames of a clip, from phase to phase
 SCENES_OF_PAIRS = 2  # in a step
 NAMED_FRAMES = 2  # of a clip, decoded from names
+SCORES = ("chosen_iou", "right")  # logged, not learnt
 NAMES = sum(VOCABULARIES, ())
 
 
@@ -94,14 +95,20 @@ def roughen(random: np.random.Generator, masks: Tensor) -> Tensor:
 
 
 def scene_losses(
-    sam2: Sam2Propagator, names: NamePrompts, seed: int, num_frames: int, trains_encoder: bool = True
+    sam2: Sam2Propagator,
+    names: NamePrompts,
+    seed: int,
+    num_frames: int,
+    heads: PixelHeads | None = None,
+    trains_encoder: bool = True,
 ) -> dict[str, Tensor]:
-    """The losses of one scene, means over its frames."""
+    """The losses of one scene, means over its frames; with `heads`, those of the pixels too."""
     random = np.random.default_rng((seed, 1))
     length, frame_indices, prompts = sample_frames(random, num_frames)
     scene = Scene(seed, length)
     frames, masks = scene.render_all(frame_indices)
     pixel_values = to_pixel_values([Image.fromarray(frame) for frame in frames], sam2.image_side, SAM2_MEAN, SAM2_STD)
+    labels = np.stack([classes_of(scene, of_frame) for of_frame in masks.swapaxes(0, 1)])
     masks = torch.from_numpy(masks).to(sam2.device)
     targets = F.interpolate(masks.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K, F, side, side)
     with torch.set_grad_enabled(trains_encoder):
@@ -110,11 +117,12 @@ def scene_losses(
     prompts_by_name, losses = names(scene.shapes), []
     for idx in random.choice(num_frames, NAMED_FRAMES, replace=False):
         decoded = sam2.decode_seg(sam2.mask_decoder, features[idx], prompts_by_name)
-        losses.append(frame_losses(decoded, targets[:, idx]))
+        losses.append(frame_losses(decoded, targets[:, idx], learns_absence=True))
     shown = masks[:, prompts].flatten(1).any(dim=1)  # a prompt that shows nothing can be followed nowhere
     if shown.any():
         losses += tracking_losses(sam2, random, features, masks[shown], targets[shown], prompts)
-    return {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+    means = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+    return means if heads is None else {**means, **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
 
 
 def tracking_losses(
@@ -141,8 +149,11 @@ def tracking_losses(
     return losses
 
 
-def frame_losses(decoded: DecodedMasks, targets: Tensor) -> dict[str, Tensor]:
-    """Losses on one frame; targets (K, side, side) in 0..1. Masks of objects that are not there are not learnt."""
+def frame_losses(decoded: DecodedMasks, targets: Tensor, learns_absence: bool = False) -> dict[str, Tensor]:
+    """Losses on one frame; targets (K, side, side) in 0..1.
+
+    Masks of objects that are not there are not learnt, as in SAM 2, unless `learns_absence`: then they are to be empty.
+    """
     num_objects = len(targets)
     logits = resize(decoded.candidates.flatten(0, 1)[:, None], targets.shape[-1])[:, 0].unflatten(0, (num_objects, -1))
     targets = targets[:, None].expand_as(logits)
@@ -156,7 +167,7 @@ def frame_losses(decoded: DecodedMasks, targets: Tensor) -> dict[str, Tensor]:
         iou = (predicted & true).sum(dim=(2, 3)) / (predicted | true).sum(dim=(2, 3)).clamp(min=1)
     weight = is_present.float() / is_present.sum().clamp(min=1)
     return {
-        "focal": 20 * (focal.mean(dim=1) * weight).sum(),
+        "focal": 20 * (focal.mean() if learns_absence else (focal.mean(dim=1) * weight).sum()),
         "dice": (dice.mean(dim=1) * weight).sum(),
         "iou": ((decoded.iou_scores - iou).square().mean(dim=1) * weight).sum(),
         "presence": F.binary_cross_entropy_with_logits(decoded.object_score_logits[:, 0], is_present.float()),
@@ -172,6 +183,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=3000, help="steps on clips of six frames")
     parser.add_argument("--long-clips", type=int, default=1600, help="steps on clips of eight frames")
     parser.add_argument("--memory", type=int, default=600, help="steps on clips of ten, the image encoder frozen")
+    parser.add_argument("--all", type=int, default=3000, help="steps on clips of six, the pixels' losses beside")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -182,10 +194,10 @@ def main() -> None:
     def encode(images: list[Image.Image]) -> tuple[Tensor, ...]:
         return sam2.encode_images(to_pixel_values(images, sam2.image_side, SAM2_MEAN, SAM2_STD))
 
-    def scenes(seed: int, num_scenes: int, num_frames: int, trains_encoder: bool = True) -> dict[str, Tensor]:
+    def scenes(seed: int, num_scenes: int, num_frames: int, **options) -> dict[str, Tensor]:
         for one in range(seed, seed + num_scenes):
-            losses = scene_losses(sam2, names, one, num_frames, trains_encoder)
-            (sum(loss for name, loss in losses.items() if name != "chosen_iou") / num_scenes).backward()
+            losses = scene_losses(sam2, names, one, num_frames, **options)
+            (sum(loss for name, loss in losses.items() if name not in SCORES) / num_scenes).backward()
         return losses
 
     phases = [
@@ -194,6 +206,7 @@ def main() -> None:
         Phase("clips", arguments.clips, 2e-4, lambda seed: scenes(seed, 1, CLIP)),
         Phase("long clips", arguments.long_clips, 1.5e-4, lambda seed: scenes(seed, 1, LONG_CLIP)),
         Phase("memory", arguments.memory, 1.5e-4, lambda seed: scenes(seed, 1, LONGEST_CLIP, trains_encoder=False)),
+        Phase("all", arguments.all, 3e-4, lambda seed: scenes(seed, 1, CLIP, heads=heads)),
     ]
     run(arguments.out, {"sam2": sam2, "names": names, "heads": heads}, phases)
     sam2.eval().save_pretrained(arguments.out / "sam2")
