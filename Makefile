@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow and not peers"
 
-# The small model knows drawn shapes; the sentence needs the whole clip to be understood.
+# The small model knows drawn shapes; there are three circles, and the sentence needs several frames to be understood.
 demo: $(VENV)/.demo
 	rm -rf demo
-	$(BIN)/sa2va-i segment space/examples/shapes.mp4 "the shape that leaves and comes back" --model small -o demo
+	$(BIN)/sa2va-i segment space/examples/shapes.mp4 "the circle moving right" --model small -o demo
 	@echo "Watch demo/overlay.mp4"
 
 lint: $(VENV)/.dev

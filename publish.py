@@ -13,7 +13,7 @@ from .modeling_sa2va_i import Sa2VAiModel
 from .processing_sa2va_i import Sa2VAiProcessor
 
 CARDS = Path(__file__).parent / "hub_cards"
-PICTURE = "overlay.png"
+PICTURE = "overlay.jpg"
 SPACE = "https://huggingface.co/spaces/kumuji/Sa2VA-i"
 LARGE = 5_000_000_000  # bytes from which an upload is split and can be resumed
 REMOTE_CODE = (

@@ -1,4 +1,4 @@
-"""Draws overlay.png: what the small model sees in four frames of the demo's clip, for two sentences.
+"""Draws overlay.jpg: what the small model sees in four frames of the demo's clip, for two sentences.
 
 python hub_cards/make_overlay.py
 """
@@ -13,7 +13,7 @@ from sa2va_i.overlay import draw_overlay, object_color
 from sa2va_i.processing_sa2va_i import open_video
 from sa2va_i.space.page import EXAMPLES
 
-SENTENCES = ("the shape that leaves and comes back", "the circle moving right")
+SENTENCES = ("the circle moving right", "all red shapes")
 FRAMES = (0, 16, 30, 47)
 SIDE = 3  # of a pixel of the clip in the picture
 
@@ -34,7 +34,7 @@ def main() -> None:
         left = 20 + number * picture.width // 2
         draw.rectangle((left, height + 10, left + 20, height + 30), fill=object_color(number))
         draw.text((left + 32, height + 6), f"\u201c{sentence}\u201d", fill="black", font_size=22)
-    picture.save(Path(__file__).with_name("overlay.png"))
+    picture.save(Path(__file__).with_name("overlay.jpg"), quality=88)
 
 
 if __name__ == "__main__":

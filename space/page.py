@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_QUESTIONS = (
-    ("shapes.mp4", "the shape that leaves and comes back"),
+    ("shapes.mp4", "the circle moving right"),
     ("shapes.mp4", "all red shapes"),
 )
 QUEUE_LENGTH = 20

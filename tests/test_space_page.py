@@ -18,11 +18,14 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from masks_in import masks_in
+from sa2va_i import load
 from sa2va_i.overlay import VideoWriter
 from sa2va_i.space.page import build_page, start
 from sa2va_i.space.service import Service
 from sa2va_i.space.uploads import Limits
+from sa2va_i.training.synthetic import HELD_OUT, Scene
 
+QUESTION = "the circle"
 CHROMIUM = shutil.which("chromium")
 # without them Chromium asks Google's servers at every start
 QUIET = (
@@ -32,31 +35,41 @@ QUIET = (
 
 
 @pytest.fixture(scope="module")
-def service(seg_model):
-    service = Service(seg_model, Limits(num_bytes=1_000_000, num_frames=300))
+def model():
+    """The small model that comes with the package."""
+    return load("small").eval()
+
+
+@pytest.fixture(scope="module")
+def service(model):
+    service = Service(model, Limits(num_bytes=1_000_000, num_frames=300))
     yield service
     service.close()
 
 
 @pytest.fixture(scope="module")
 def address(service):
-    page = build_page(service, "A small model with random weights.")
+    page = build_page(service, "The small model.")
     yield start(page, service, server_name="127.0.0.1")
     page.close()
 
 
 @pytest.fixture(scope="module")
-def videos(frames, tmp_path_factory) -> list[Path]:
-    """Ten that differ."""
+def videos(tmp_path_factory) -> list[Path]:
+    """Ten scenes of six frames."""
     folder = tmp_path_factory.mktemp("videos")
     for number in range(10):
-        with VideoWriter(folder / f"{number}.mp4", fps=10) as writer:
-            for frame in (frames + frames[::-1])[number : number + 6]:
-                writer.write(frame)
+        write_scene(folder / f"{number}.mp4", Scene(HELD_OUT + number, num_frames=6))
     return sorted(folder.iterdir())
 
 
-def ask(client: Client, path: Path, question: str = "the disk") -> Path:
+def write_scene(path: Path, scene: Scene) -> None:
+    with VideoWriter(path, fps=10) as writer:
+        for frame in scene.render_all()[0]:
+            writer.write(Image.fromarray(frame))
+
+
+def ask(client: Client, path: Path, question: str = QUESTION) -> Path:
     """The masks.zip of the answer."""
     outputs = client.predict(handle_file(path), question, 5, 0, "consistent", api_name="/segment")
     return Path(outputs[-2]["value"])
@@ -77,7 +90,7 @@ def wait_until(condition) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
-def test_ten_at_once(address, service, seg_model, videos):
+def test_ten_at_once(address, service, model, videos):
     def visit(path: Path) -> np.ndarray:
         client = Client(address, verbose=False)
         try:
@@ -90,7 +103,7 @@ def test_ten_at_once(address, service, seg_model, videos):
             return list(pool.map(visit, videos))
 
     expected = [
-        np.stack(seg_model.predict_forward(video=path, text="Please segment the disk.")["prediction_masks"])
+        np.stack(model.predict_forward(video=path, text=f"Please segment {QUESTION}.")["prediction_masks"])
         for path in videos
     ]
     assert not any(np.array_equal(expected[0], other) for other in expected[1:])
@@ -105,7 +118,7 @@ def test_ten_at_once(address, service, seg_model, videos):
 def test_a_failing_question_takes_nothing_down(address, service, videos, monkeypatch):
     client = Client(address, verbose=False)
     monkeypatch.setattr(service._model, "segment", lambda *args, **kwargs: 1 / 0)
-    outputs = client.predict(handle_file(videos[0]), "the disk", 5, 0, "consistent", api_name="/segment")
+    outputs = client.predict(handle_file(videos[0]), QUESTION, 5, 0, "consistent", api_name="/segment")
     assert "Something went wrong" in outputs[0]
     assert "division" not in str(outputs)
     monkeypatch.undo()
@@ -147,10 +160,10 @@ class TestBrowser:
     def status(self, page: Page):
         return expect(page.locator("#status"))
 
-    def test_from_a_clip_to_its_masks(self, page, seg_model, videos, tmp_path):
+    def test_from_a_clip_to_its_masks(self, page, model, videos, tmp_path):
         self.upload(page, videos[0])
         self.status(page).to_contain_text("Video, 6 frames")
-        page.fill("#question textarea", "the <b>disk</b>")
+        page.fill("#question textarea", "the <b>circle</b>")
         page.click("#segment")
         page.wait_for_selector("#overlay video")
         self.status(page).to_contain_text("Done")
@@ -160,21 +173,19 @@ class TestBrowser:
         with page.expect_download() as download:
             page.click("#download-masks")
         download.value.save_as(tmp_path / "masks.zip")
-        result = seg_model.predict_forward(video=videos[0], text="Please segment the <b>disk</b>.")
+        result = model.predict_forward(video=videos[0], text="Please segment the <b>circle</b>.")
         assert np.array_equal(masks_in(tmp_path / "masks.zip"), result["prediction_masks"])
 
-        page.fill("#question textarea", "And the other?")
+        page.fill("#question textarea", "Where is the square?")
         page.press("#question textarea", "Enter")
         expect(page.locator("#conversation .question")).to_have_count(2)
         self.status(page).to_contain_text("Done")
 
-    def test_stop(self, page, frames, tmp_path):
-        with VideoWriter(tmp_path / "long.mp4", fps=10) as writer:
-            for frame in frames * 20:
-                writer.write(frame)
+    def test_stop(self, page, tmp_path):
+        write_scene(tmp_path / "long.mp4", Scene(HELD_OUT, num_frames=240, size=(72, 96)))
         self.upload(page, tmp_path / "long.mp4")
         self.status(page).to_contain_text("240 frames")
-        page.fill("#question textarea", "the disk")
+        page.fill("#question textarea", QUESTION)
         page.click("#segment")
         self.status(page).to_contain_text("Tracking")
         page.click("#stop")

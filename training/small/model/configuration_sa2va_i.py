@@ -1,0 +1,1 @@
+../../../configuration_sa2va_i.py

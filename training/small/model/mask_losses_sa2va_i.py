@@ -1,0 +1,1 @@
+../../../mask_losses_sa2va_i.py

@@ -1,0 +1,1 @@
+../../../modeling_sa2va_i.py

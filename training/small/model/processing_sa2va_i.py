@@ -1,0 +1,1 @@
+../../../processing_sa2va_i.py
