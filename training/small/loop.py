@@ -50,6 +50,8 @@ def run(out: Path, modules: Mapping[str, nn.Module], phases: Sequence[Phase], sa
     began, seen = time.time(), []
     for number in range(start, len(schedule)):
         phase, step = schedule[number]
+        if step == 0:
+            seen.clear()  # another phase may have other losses
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate(step)
         losses = phase.backward(SEEDS_OF_STEP * number)
