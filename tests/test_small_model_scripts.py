@@ -33,21 +33,9 @@ def call(monkeypatch):
 
 def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     threads = ("--threads", torch.get_num_threads())
-    call(
-        train_sam2,
-        tmp_path / "sam2",
-        "--pixels",
-        1,
-        "--pairs",
-        1,
-        "--clips",
-        1,
-        "--long-clips",
-        1,
-        "--memory",
-        1,
-        *threads,
-    )
+    phases = ("pixels", "pairs", "clips", "long-clips", "memory", "all")
+    one_step_each = [argument for phase in phases for argument in (f"--{phase}", 1)]
+    call(train_sam2, tmp_path / "sam2", *one_step_each, *threads)
     call(train_vision, tmp_path / "vision", "--steps", 1, *threads)
     call(build, tmp_path / "vision" / "vision", tmp_path / "untrained")
     call(train_places, tmp_path / "untrained", tmp_path / "places", "--steps", 1, *threads)
