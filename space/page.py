@@ -1,6 +1,8 @@
 """The page: a Gradio app over `Service`."""
 
 import logging
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,6 +271,7 @@ def start(page: gr.Blocks, service: Service, **options) -> str:
 
 def serve(page: gr.Blocks, service: Service, **options) -> None:
     """`start`, until the process is told to stop; then everything that visitors left is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else the process ends without cleaning up
     try:
         print(f"Sa2VA-i is at {start(page, service, **options)} (Ctrl+C stops it)", flush=True)
         page.block_thread()

@@ -2,8 +2,10 @@
 
 import ctypes
 import gc
+import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -90,9 +92,9 @@ def wait_until(condition) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
-def test_ten_at_once(address, service, model, videos):
+def test_ten_at_once(address, service, model, videos, tmp_path):
     def visit(path: Path) -> np.ndarray:
-        client = Client(address, verbose=False)
+        client = Client(address, verbose=False, download_files=tmp_path)
         try:
             return masks_in(ask(client, path))
         finally:
@@ -115,8 +117,8 @@ def test_ten_at_once(address, service, model, videos):
     wait_until(lambda: not [path for path in service._root.rglob("*") if path.is_file()])  # all have left
 
 
-def test_a_failing_question_takes_nothing_down(address, service, videos, monkeypatch):
-    client = Client(address, verbose=False)
+def test_a_failing_question_takes_nothing_down(address, service, videos, monkeypatch, tmp_path):
+    client = Client(address, verbose=False, download_files=tmp_path)
     monkeypatch.setattr(service._model, "segment", lambda *args, **kwargs: 1 / 0)
     outputs = client.predict(handle_file(videos[0]), QUESTION, 5, 0, "consistent", api_name="/segment")
     assert "Something went wrong" in outputs[0]
@@ -127,12 +129,25 @@ def test_a_failing_question_takes_nothing_down(address, service, videos, monkeyp
 
 def test_files_of_others_are_out_of_reach(address, service, videos, tmp_path):
     """A path in the place of an upload is refused, wherever it points."""
-    mine = Client(address, verbose=False)
+    mine = Client(address, verbose=False, download_files=tmp_path)
     ask(mine, videos[0])
     secret = next(service._root.rglob("masks.zip"))
     for path in (secret, Path(__file__).resolve(), Path("/etc/hostname")):
         with pytest.raises((AppError, ValueError)):
             mine.predict({"path": str(path), "meta": {"_type": "gradio.FileData"}}, api_name="/look_at")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_a_stopped_demo_leaves_nothing(tmp_path):
+    """As a service manager or a container stops it."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
+    command = [sys.executable, "-m", "sa2va_i.cli", "demo", "--no-open-browser"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert "http://127.0.0.1:" in process.stdout.readline()
+        assert list(tmp_path.glob("sa2va-i-demo-*"))
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    assert not list(tmp_path.glob("sa2va-i-demo-*"))
 
 
 @pytest.fixture(scope="module")
