@@ -27,7 +27,7 @@ from .files import check_new_folder, read_json, staged_folder, write_json
 from .loading import load
 from .modeling_sa2va_i import Sa2VAiModel
 from .overlay import VideoWriter, draw_overlay
-from .processing_sa2va_i import IMAGE_SUFFIXES, Video, load_image, open_video, segmentation_request
+from .processing_sa2va_i import Video, is_image_file, load_image, open_video, segmentation_request
 from .safetensors_io import TensorFiles, checkpoint_files
 
 app = typer.Typer(help="Sa2VA-i: say what to find in a video, get its masks.", no_args_is_help=True)
@@ -52,7 +52,7 @@ def segment(
 ) -> None:
     """Answer PROMPT about INPUT; write the answer, a PNG mask per object and frame, and an overlay to look at."""
     check_new_folder(out)
-    is_image = input.is_file() and input.suffix.lower() in IMAGE_SUFFIXES
+    is_image = input.is_file() and is_image_file(input)
     media = load_image(input) if is_image else open_video(input)
     sa2va = load_model(model, device, dtype, attn_implementation, sam2, sam2_config)
     with staged_folder(out) as folder:

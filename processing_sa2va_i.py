@@ -133,6 +133,11 @@ def to_pixel_values(images: Sequence[Image.Image], size: int, mean: Sequence[flo
     return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
+def is_image_file(path: str | Path) -> bool:
+    """Whether a file is an image by its name: everything else is taken for a video."""
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES
+
+
 def load_image(image: Image.Image | str | Path | np.ndarray) -> Image.Image:
     """RGB image from a PIL image, a file, or a (height, width, 3) uint8 array.
 
@@ -343,7 +348,7 @@ def open_video(video: "Video | Sequence | np.ndarray | str | Path") -> Video:
 
 
 def _frame_files(folder: Path) -> list[Path]:
-    files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = [file for file in folder.iterdir() if is_image_file(file)]
     if not files:
         raise ValueError(f"The folder {folder} holds no images.")
     return sorted(

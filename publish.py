@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -36,11 +37,18 @@ DATASETS = {  # of the paper: its name and its type on the Hub
 }
 
 
-def save_package(model: Sa2VAiModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write a model, its tokenizer and the code that loads it as the folder `out`."""
+def save_package(
+    model: Sa2VAiModel, tokenizer: PreTrainedTokenizerBase, out: Path, loaded_as: torch.dtype | None = None
+) -> None:
+    """Write a model, its tokenizer and the code that loads it as the folder `out`.
+
+    Args:
+        loaded_as: the dtype of `dtype="auto"`, if it is to be another than that of the weights.
+    """
     with staged_folder(out) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
+        model.config.dtype = loaded_as or model.config.dtype
         write_package(staged, model.config)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..processing_sa2va_i import IMAGE_SUFFIXES
+from ..processing_sa2va_i import is_image_file
 from .results import Files
 from .service import Service, Settings, Update
 from .wording import answer_html, conversation_html, error_html, progress_html
@@ -58,38 +58,30 @@ def build_page(service: Service, about: str, on_gpu: Wrapper = lambda ask: ask) 
             return (*_previews(None), error_html(_message(error)), *cleared)
         return (*_previews(path), progress_html(Update(facts)), *cleared)
 
-    def answer(
-        path: str | None,
-        question: str,
-        turns: list[Turn],
-        past_text: str,
-        num_frames: int,
-        num_prompt_frames: int,
-        decoding: str,
-        draft_only: bool,
-        request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:
-        """Updates as values of the outputs; the conversation grows by a turn when its answer is there."""
-        settings = Settings(int(num_frames), int(num_prompt_frames) or None, decoding, draft_only)
-        shown = _Shown(turns, past_text)
-        yield shown.values(Update("Waiting"), question)
-        try:
-            if path is None:
-                raise ValueError("Please drop in a video or a photo first.")
-            for update in ask(request.session_hash, path, question, past_text, settings):
-                yield shown.values(update, question)
-        except Exception as error:
-            yield shown.error(_message(error))
+    def answering(draft_only: bool) -> Callable[..., Iterator[tuple[Any, ...]]]:
+        def answer(
+            path: str | None,
+            question: str,
+            turns: list[Turn],
+            past_text: str,
+            num_frames: int,
+            num_prompt_frames: int,
+            decoding: str,
+            request: gr.Request,
+        ) -> Iterator[tuple[Any, ...]]:
+            """Updates as values of the outputs; the conversation grows by a turn when its answer is there."""
+            settings = Settings(int(num_frames), int(num_prompt_frames) or None, decoding, draft_only)
+            shown = _Shown(turns, past_text)
+            yield shown.values(Update("Waiting"), question)
+            try:
+                if path is None:
+                    raise ValueError("Please drop in a video or a photo first.")
+                for update in ask(request.session_hash, path, question, past_text, settings):
+                    yield shown.values(update, question)
+            except Exception as error:
+                yield shown.error(_message(error))
 
-    def ask_with(draft_only: bool) -> Callable[..., Iterator[tuple[Any, ...]]]:
-        def ask_and_answer(
-            path, question, turns, past_text, num_frames, num_prompt_frames, decoding, request: gr.Request
-        ):
-            yield from answer(
-                path, question, turns, past_text, num_frames, num_prompt_frames, decoding, draft_only, request
-            )
-
-        return ask_and_answer
+        return answer
 
     def leave(request: gr.Request) -> None:
         service.forget(request.session_hash)
@@ -151,7 +143,7 @@ def build_page(service: Service, about: str, on_gpu: Wrapper = lambda ask: ask) 
         runs = [
             gr.on(
                 triggers,
-                ask_with(draft_only),
+                answering(draft_only),
                 inputs,
                 outputs,
                 show_progress="hidden",
@@ -232,7 +224,7 @@ def _skip(number: int) -> list[Any]:
 
 
 def _previews(path: str | None) -> tuple[gr.Video, gr.Image]:
-    is_photo = path is not None and Path(path).suffix.lower() in IMAGE_SUFFIXES
+    is_photo = path is not None and is_image_file(path)
     is_video = path is not None and not is_photo
     return gr.Video(path if is_video else None, visible=is_video), gr.Image(
         path if is_photo else None, visible=is_photo

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 from PIL import Image
 
-from ..processing_sa2va_i import IMAGE_SUFFIXES, Video, load_image, open_video
+from ..processing_sa2va_i import Video, is_image_file, load_image, open_video
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def open_upload(path: str | Path, limits: Limits) -> Video | Image.Image:
             f"This file has {num_bytes / 1e6:.0f} MB; the limit here is {limits.num_bytes / 1e6:.0f} MB. "
             "Please cut or shrink it."
         )
-    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    is_image = is_image_file(path)
     try:
         _check_image(path, limits) if is_image else _check_video(path, limits)
         return load_image(path) if is_image else open_video(path)

@@ -24,7 +24,7 @@ from ..files import read_json
 from ..processing_sa2va_i import IMAGE_TOKEN, SEG, load_image
 from .frames import FRAME_RULES
 from .synthetic import HELD_OUT, STILL, Scene, SyntheticExpression
-from .wording import DESCRIPTION_QUESTIONS, answer, named_answer, question, with_image
+from .wording import DESCRIPTION_QUESTIONS, answer, named_answer, question, turns_with_image
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +106,7 @@ class ReferringVideos(Source):
         if any(frame.size != (width, height) for frame in frames):
             raise ValueError(f"its frames differ in size: {sorted({frame.size for frame in frames})} (width, height).")
         masks = np.stack([self._dataset.truth(video, expression, frame_indices) for expression in expressions])
-        return Sample(self.id_of(index), frames, _with_image(random, turns), masks)
+        return Sample(self.id_of(index), frames, turns_with_image(random, turns), masks)
 
 
 class ReferringImages(Source):
@@ -152,7 +152,9 @@ class ReferringImages(Source):
             sentence = reference["sentences"][int(random.integers(len(reference["sentences"])))]["sent"]
             turns.append((question(random, sentence, is_image=True), answer(random)))
             masks.append(_polygon_mask(self._annotations[reference["ann_id"]]["segmentation"], image.size[::-1]))
-        return Sample(self.id_of(index), [image], _with_image(random, turns), np.stack(masks)[:, None], is_image=True)
+        return Sample(
+            self.id_of(index), [image], turns_with_image(random, turns), np.stack(masks)[:, None], is_image=True
+        )
 
 
 class Conversations(Source):
@@ -181,7 +183,7 @@ class Conversations(Source):
             for question, said in zip(texts[::2], texts[1::2], strict=True)
         ]
         masks = np.zeros((0, 1, *image.size[::-1]), dtype=bool)
-        return Sample(self.id_of(index), [image], _with_image(random, turns), masks, is_image=True)
+        return Sample(self.id_of(index), [image], turns_with_image(random, turns), masks, is_image=True)
 
 
 class SyntheticScenes(Source):
@@ -214,11 +216,10 @@ class SyntheticScenes(Source):
         chosen = draw_expressions(random, scene, self._draw.num_objects)
         masks = np.zeros((len(chosen), *shape_masks.shape[1:]), dtype=bool)
         for number, expression in enumerate(chosen):
-            names = [scene.describe(target) for target in in_order(scene, expression)]
-            turns.append((question(random, expression.text), named_answer(names)))
+            turns.append(turn_about(random, scene, expression))
             masks[number] = shape_masks[list(expression.targets)].any(axis=0)
         return Sample(
-            self.id_of(index), [Image.fromarray(frame) for frame in frames], _with_image(random, turns), masks
+            self.id_of(index), [Image.fromarray(frame) for frame in frames], turns_with_image(random, turns), masks
         )
 
 
@@ -233,6 +234,12 @@ def draw_expressions(random: np.random.Generator, scene: Scene, number: int) -> 
 def in_order(scene: Scene, expression: SyntheticExpression) -> list[int]:
     """The targets of an expression in the order in which answers name them."""
     return sorted(expression.targets, key=lambda target: scene.shapes[target].identity)
+
+
+def turn_about(random: np.random.Generator, scene: Scene, expression: SyntheticExpression) -> tuple[str, str]:
+    """A question for an expression, and the answer that names its targets."""
+    names = [scene.describe(target) for target in in_order(scene, expression)]
+    return question(random, expression.text), named_answer(names)
 
 
 def describe_scene(scene: Scene) -> str:
@@ -293,11 +300,6 @@ class Mixture(Dataset):
         if num_seg != len(sample.masks):
             raise SampleError(f"sample {sample.id}: {num_seg} {SEG} in the answers and {len(sample.masks)} masks.")
         return sample
-
-
-def _with_image(random: np.random.Generator, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    (first, said), *rest = turns
-    return [(with_image(random, first), said), *rest]
 
 
 def _polygon_mask(segmentation: Any, size: tuple[int, int]) -> np.ndarray:

@@ -52,3 +52,9 @@ def named_answer(names: list[str]) -> str:
 def with_image(random: np.random.Generator, text: str) -> str:
     """The first question of a conversation, `<image>` before it, with a line break or without."""
     return text if IMAGE_TOKEN in text else IMAGE_TOKEN + str(random.choice(["\n", ""])) + text
+
+
+def turns_with_image(random: np.random.Generator, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(question, answer) turns, `<image>` in the first question."""
+    (first, said), *rest = turns
+    return [(with_image(random, first), said), *rest]

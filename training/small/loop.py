@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 100
-SEEDS_OF_STEP = 4  # seeds that one step may use
+SEEDS_OF_STEP = 4  # seeds that one step may use, unless its phase says more
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Phase:
     """A part of the training, with a warm-up and a cosine of its own.
 
     backward: adds the gradients of a step, given its first seed, and returns losses to log.
+    num_seeds: that a step may use, from that one on.
     """
 
     name: str
     num_steps: int
     peak: float
     backward: Callable[[int], dict[str, Tensor]]
+    num_seeds: int = SEEDS_OF_STEP
 
     def learning_rate(self, step: int) -> float:
         if step < WARM_UP:
@@ -54,7 +56,7 @@ def run(out: Path, modules: Mapping[str, nn.Module], phases: Sequence[Phase], sa
             seen.clear()  # another phase may have other losses
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate(step)
-        losses = phase.backward(SEEDS_OF_STEP * number)
+        losses = phase.backward(phase.num_seeds * number)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

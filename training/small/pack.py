@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ...files import staged_folder
 from ...loading import load
-from ...publish import write_package
+from ...publish import save_package
 
 
 def main() -> None:
@@ -19,11 +18,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     model = load(arguments.model)
-    with staged_folder(arguments.out) as staged:
-        model.processor.tokenizer.save_pretrained(staged)
-        model.half().save_pretrained(staged)
-        model.config.dtype = torch.float32  # what `dtype="auto"` loads them as
-        write_package(staged, model.config)
+    save_package(model.half(), model.processor.tokenizer, arguments.out, loaded_as=torch.float32)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,17 @@ from torch.nn import functional as F
 from ...loading import load
 from ...modeling_sa2va_i import Sa2VAiModel
 from ...publish import save_package
+from ..encode import IGNORED
 from ..frames import uniform_frames
 from ..synthetic import DIRECTIONS, STILL, Scene
-from .loop import SEEDS_OF_STEP, Phase, run
+from .loop import Phase, run
 from .pixels import VOCABULARIES, balanced
 
 NUM_FRAMES = 5
-SCENES_OF_STEP = 2 * SEEDS_OF_STEP
+SCENES_OF_STEP = 8
 PLACES_OF_TOKEN = 2  # a side: places are finer than tokens
 MIDDLE = 3  # layer whose states the heads read
 MIN_COVER = 0.3  # of a place, for it to be a shape's
-IGNORED = -100
 MOTIONS = (*DIRECTIONS, STILL, "")
 PRESENCE = ("from the start", "late", "back")
 IDENTITY = ("kind", "color", "size")
@@ -163,14 +163,13 @@ def main() -> None:
     heads = PlaceHeads(model.language_model.config.hidden_size)
 
     def backward(seed: int) -> dict[str, Tensor]:
-        first = seed // SEEDS_OF_STEP * SCENES_OF_STEP
-        drawn = [draw_scene(np.random.default_rng((one, 3)), one) for one in range(first, first + SCENES_OF_STEP)]
+        drawn = [draw_scene(np.random.default_rng((one, 3)), one) for one in range(seed, seed + SCENES_OF_STEP)]
         states = middle_states(model, [frames for _, frames, _ in drawn])
         losses = place_losses(heads, states, [(scene, masks) for scene, _, masks in drawn])
         losses["places"].backward()
         return losses
 
-    run(arguments.out, {**trained, "heads": heads}, [Phase("places", arguments.steps, 1e-3, backward)])
+    run(arguments.out, {**trained, "heads": heads}, [Phase("places", arguments.steps, 1e-3, backward, SCENES_OF_STEP)])
     save_package(model.eval(), model.processor.tokenizer, arguments.out / "places")
 
 

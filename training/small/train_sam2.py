@@ -108,8 +108,7 @@ def scene_losses(
     scene = Scene(seed, length)
     frames, masks = scene.render_all(frame_indices)
     pixel_values = to_pixel_values([Image.fromarray(frame) for frame in frames], sam2.image_side, SAM2_MEAN, SAM2_STD)
-    labels = np.stack([classes_of(scene, of_frame) for of_frame in masks.swapaxes(0, 1)])
-    masks = torch.from_numpy(masks).to(sam2.device)
+    shape_masks, masks = masks, torch.from_numpy(masks).to(sam2.device)
     targets = F.interpolate(masks.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K, F, side, side)
     with torch.set_grad_enabled(trains_encoder):
         pyramid = sam2.encode_images(pixel_values)
@@ -122,7 +121,10 @@ def scene_losses(
     if shown.any():
         losses += tracking_losses(sam2, random, features, masks[shown], targets[shown], prompts)
     means = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
-    return means if heads is None else {**means, **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
+    if heads is None:
+        return means
+    labels = np.stack([classes_of(scene, of_frame) for of_frame in shape_masks.swapaxes(0, 1)])
+    return {**means, **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
 
 
 def tracking_losses(

@@ -22,15 +22,14 @@ from torch.nn import functional as F
 from ...loading import load
 from ...modeling_sa2va_i import Sa2VAiModel
 from ...publish import save_package
-from ..data import Sample, draw_expressions, in_order
-from ..encode import Collator
+from ..data import Sample, draw_expressions, in_order, turn_about
+from ..encode import IGNORED, Collator
 from ..synthetic import Scene
-from ..wording import named_answer, question, with_image
-from .loop import SEEDS_OF_STEP, Phase, run
+from ..wording import turns_with_image
+from .loop import Phase, run
 from .pixels import VOCABULARIES
 from .train_places import (
     IDENTITY,
-    IGNORED,
     MIDDLE,
     MOTIONS,
     PLACES_OF_TOKEN,
@@ -60,12 +59,10 @@ def conversation(random: np.random.Generator, scene: Scene) -> tuple[list[tuple[
     """Questions and answers about a scene; a look for each name in them, and after them for `[SEG]`."""
     turns, looks = [], []
     for expression in draw_expressions(random, scene, NUM_TURNS):
-        targets = in_order(scene, expression)
-        turns.append((question(random, expression.text), named_answer([scene.describe(target) for target in targets])))
-        asked = asked_for(expression.text)
+        turns.append(turn_about(random, scene, expression))
+        targets, asked = in_order(scene, expression), asked_for(expression.text)
         looks += [Look(shapes, asked) for shapes in (*([target] for target in targets), targets)]
-    (first, said), *rest = turns
-    return [(with_image(random, first), said), *rest], looks
+    return turns_with_image(random, turns), looks
 
 
 def asked_for(text: str) -> dict[str, int]:
@@ -161,14 +158,13 @@ def main() -> None:
     heads.load_state_dict(torch.load(arguments.places / "checkpoint.pt", weights_only=True)["heads"])
 
     def backward(seed: int) -> dict[str, Tensor]:
-        first = seed // SEEDS_OF_STEP * SCENES_OF_STEP
-        losses = word_losses(model, heads, range(first, first + SCENES_OF_STEP))
+        losses = word_losses(model, heads, range(seed, seed + SCENES_OF_STEP))
         beside = losses["asked"] + losses["attention"] + losses["places"]
         (losses["text"] + BESIDE_TEXT * beside).backward()
         return losses
 
     trained = {"mlp1": model.mlp1, "language_model": model.language_model, "heads": heads}
-    run(arguments.out, trained, [Phase("words", arguments.steps, 6e-4, backward)])
+    run(arguments.out, trained, [Phase("words", arguments.steps, 6e-4, backward, SCENES_OF_STEP)])
     save_package(model.eval(), model.processor.tokenizer, arguments.out / "words")
 
 
