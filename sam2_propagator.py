@@ -14,13 +14,19 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Sam2VideoModel
+from transformers import Sam2VideoConfig, Sam2VideoModel
+from transformers.models.sam2_video.modeling_sam2_video import (
+    Sam2VideoMemoryAttentionLayer,
+    Sam2VideoRoPEAttention,
+    apply_rotary_pos_emb_2d,
+)
 
 ABSENT_LOGIT = -1024.0  # the logit of every pixel of an object that SAM 2 scores as absent
 # A mask given by the caller becomes these logits; SAM 2 treats it like a prediction of its own that is certain.
 MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
 
 Frame = TypeVar("Frame")
+Rope = tuple[Tensor, Tensor]  # cosines and sines (1, h * w, C)
 
 
 class FrameFeatures(NamedTuple):
@@ -56,8 +62,22 @@ class DecodedMasks(NamedTuple):
         return self.object_score_logits > 0
 
 
+class KeysValues(NamedTuple):
+    """What one layer of memory attention reads: S tokens, keys and values (K, 1, S, C), one head."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class PromptMemory(NamedTuple):
+    """What is remembered of a prompt frame. layers: its keys and values in each layer; pointers: (K, C)."""
+
+    layers: list[KeysValues]
+    pointers: Tensor
+
+
 class FrameMemory(NamedTuple):
-    """What is remembered of one frame. features: (K, h * w, 64) in bfloat16; pointers: (K, C)."""
+    """What is remembered of a tracked frame. features: (K, h * w, 64) in bfloat16; pointers: (K, C)."""
 
     features: Tensor
     pointers: Tensor
@@ -67,6 +87,14 @@ class Sam2Propagator(Sam2VideoModel):
     """The complete original SAM 2: image encoder, prompt encoder, mask decoder, memory encoder, memory attention."""
 
     _no_split_modules = ["Sam2Propagator"]  # its methods call each other's parameters: one device holds them all
+
+    def __init__(self, config: Sam2VideoConfig):
+        if config.memory_attention_num_attention_heads != 1:
+            heads = config.memory_attention_num_attention_heads
+            raise ValueError(
+                f"SAM 2's memory attention has one head. Got memory_attention_num_attention_heads={heads}."
+            )
+        super().__init__(config)
 
     @property
     def image_side(self) -> int:
@@ -144,43 +172,53 @@ class Sam2Propagator(Sam2VideoModel):
         memory, _ = self.memory_encoder(features.stride16, masks.to(self.dtype))
         return memory.flatten(2).transpose(1, 2).to(torch.bfloat16)
 
+    def prompt_keys_values(self, memory: Tensor) -> list[KeysValues]:
+        """Keys and values of the memory features of a prompt frame, in each layer of memory attention.
+
+        Unlike a tracked frame's, its temporal index never changes, and neither do they: made once, read by every frame.
+
+        Args:
+            memory: (K, h * w, 64), of `encode_memory`.
+        """
+        tokens, position = self._memory_tokens([(self.config.num_maskmem - 1, memory)])
+        rope = self._rope()
+        return [_keys_values(layer.cross_attn_image, tokens, position, rope) for layer in self.memory_attention.layers]
+
     def recall(
-        self, features: FrameFeatures, memories: Sequence[tuple[int, Tensor]], pointers: Sequence[Tensor]
+        self,
+        features: FrameFeatures,
+        prompts: Sequence[Sequence[KeysValues]],
+        tracked: Sequence[tuple[int, Tensor]],
+        pointers: Sequence[Tensor],
     ) -> Tensor:
         """Image embeddings (K, C, h, w) of one frame, after attention to what is remembered.
 
         Args:
             features: of the frame (B = 1).
-            memories: (temporal index, (K, h * w, 64) features); the index picks a row of the temporal encoding.
+            prompts: of each prompt frame, `prompt_keys_values`.
+            tracked: (temporal index, (K, h * w, 64) features); the index picks a row of the temporal encoding.
             pointers: each (K, C). They carry no position: SAM 2.0 gives pointers none.
         """
-        num_objects = len(memories[0][1])
-        _, channels, height, width = features.stride16.shape
-        image = features.stride16.flatten(2).permute(2, 0, 1).expand(-1, num_objects, -1)  # (h * w, K, C)
+        height, width = features.stride16.shape[-2:]
         image_position = self.vision_encoder.neck.position_encoding(
             features.stride16.shape, features.stride16.device, features.stride16.dtype
         )
-        spatial_position = self._memory_position(height, width)  # (h * w, 64)
-        temporal_position = self.memory_temporal_positional_encoding[:, 0, 0]  # (7, 64)
-
-        tokens = [memory.to(self.dtype) for _, memory in memories]
-        position = [spatial_position + temporal_position[index] for index, _ in memories]
-        num_pointer_tokens = 0
-        if pointers:
-            # a pointer is wider than the memory: it becomes C / 64 tokens
-            pointer_tokens = torch.stack(list(pointers), dim=1).reshape(num_objects, -1, self.mem_dim)
-            num_pointer_tokens = pointer_tokens.shape[1]
-            tokens.append(pointer_tokens)
-            position.append(spatial_position.new_zeros(num_pointer_tokens, self.mem_dim))
-
-        recalled = self.memory_attention(
-            current_vision_features=image,
-            current_vision_position_embeddings=image_position.flatten(2).permute(2, 0, 1),
-            memory=torch.cat(tokens, dim=1).transpose(0, 1),  # (S, K, 64)
-            memory_posision_embeddings=torch.cat(position)[:, None],  # (S, 1, 64); transformers' spelling
-            num_object_pointer_tokens=num_pointer_tokens,
-        )
-        return recalled.reshape(num_objects, height, width, channels).permute(0, 3, 1, 2)
+        # (1, h * w, C): the objects part where memory comes in, behind the first layer's self-attention
+        states = (features.stride16 + 0.1 * image_position).flatten(2).transpose(1, 2)
+        rope = self._rope()
+        frame_tokens = self._memory_tokens(tracked) if tracked else None
+        pointer_tokens = self._pointer_tokens(pointers) if pointers else None
+        for number, layer in enumerate(self.memory_attention.layers):
+            attention = layer.cross_attn_image
+            read = [prompt[number] for prompt in prompts]
+            if frame_tokens is not None:
+                read.append(_keys_values(attention, *frame_tokens, rope))
+            if pointer_tokens is not None:
+                keys, values = attention.k_proj(pointer_tokens), attention.v_proj(pointer_tokens)
+                read.append(KeysValues(keys[:, None], values[:, None]))
+            keys, values = (torch.cat(part, dim=2) for part in zip(*read, strict=True))
+            states = _attend(layer, states, KeysValues(keys, values), rope)
+        return self.memory_attention.layer_norm(states).transpose(1, 2).unflatten(2, (height, width))
 
     def propagate(self, frames: Sequence[Tensor], prompt_masks: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Carry masks of a few frames to all frames (semi-supervised video object segmentation).
@@ -250,11 +288,21 @@ class Sam2Propagator(Sam2VideoModel):
     def _no_mask(self) -> Tensor:
         return self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
 
-    def _memory_position(self, height: int, width: int) -> Tensor:
-        """(h * w, 64) spatial encoding of a memory."""
-        shape = torch.Size((1, self.mem_dim, height, width))
-        encoding = self.memory_encoder.position_encoding(shape, self.device, self.dtype)
-        return encoding[0].flatten(1).transpose(0, 1)
+    def _rope(self) -> Rope:
+        memory_attention = self.memory_attention
+        return memory_attention.rotary_emb(self.memory_temporal_positional_encoding, memory_attention.position_ids)
+
+    def _memory_tokens(self, memories: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Memories (temporal index, features), one after the other: (K, S, 64), and their position (S, 64)."""
+        shape = torch.Size((1, self.mem_dim, *self.backbone_feature_sizes[-1]))
+        spatial = self.memory_encoder.position_encoding(shape, self.device, self.dtype)[0].flatten(1).transpose(0, 1)
+        temporal = self.memory_temporal_positional_encoding[:, 0, 0]  # (7, 64)
+        tokens = torch.cat([memory.to(self.dtype) for _, memory in memories], dim=1)
+        return tokens, torch.cat([spatial + temporal[index] for index, _ in memories])
+
+    def _pointer_tokens(self, pointers: Sequence[Tensor]) -> Tensor:
+        """(K, S, 64): a pointer (K, C) is wider than the memory, and becomes C / 64 tokens."""
+        return torch.stack(list(pointers), dim=1).flatten(1).unflatten(1, (-1, self.mem_dim))
 
 
 class MemoryBank:
@@ -267,11 +315,11 @@ class MemoryBank:
     def __init__(self, num_maskmem: int, max_object_pointers: int):
         self._memory_reach = num_maskmem - 1
         self._pointer_reach = max_object_pointers - 1
-        self._prompts: dict[int, FrameMemory] = {}
+        self._prompts: dict[int, PromptMemory] = {}
         self._tracked_features: dict[int, Tensor] = {}
         self._tracked_pointers: dict[int, Tensor] = {}
 
-    def add_prompt_frame(self, frame_idx: int, memory: FrameMemory) -> None:
+    def add_prompt_frame(self, frame_idx: int, memory: PromptMemory) -> None:
         self._prompts[frame_idx] = memory
 
     def add_tracked_frame(self, frame_idx: int, memory: FrameMemory) -> None:
@@ -281,14 +329,14 @@ class MemoryBank:
         self._tracked_features = _within(self._tracked_features, frame_idx + 1, self._memory_reach)
         self._tracked_pointers = _within(self._tracked_pointers, frame_idx + 1, self._pointer_reach)
 
-    def memories_for(self, frame_idx: int) -> list[tuple[int, Tensor]]:
-        """(temporal index, features): every prompt frame, past or future, then the tracked frames in reach.
+    def prompts(self) -> list[list[KeysValues]]:
+        """Of every prompt frame, past or future; they count as the farthest, at any distance."""
+        return [memory.layers for memory in self._prompts.values()]
 
-        A tracked frame's index is its distance less one; prompt frames have the last index, at any distance.
-        """
-        prompts = [(self._memory_reach, memory.features) for memory in self._prompts.values()]
+    def tracked_for(self, frame_idx: int) -> list[tuple[int, Tensor]]:
+        """(temporal index, features) of the tracked frames in reach; the index is the distance less one."""
         tracked = _within(self._tracked_features, frame_idx, self._memory_reach)
-        return prompts + [(frame_idx - idx - 1, features) for idx, features in tracked.items()]
+        return [(frame_idx - idx - 1, features) for idx, features in tracked.items()]
 
     def pointers_for(self, frame_idx: int) -> list[Tensor]:
         """Pointers of the prompt frames up to `frame_idx`, then of the tracked frames in reach, the nearest first."""
@@ -355,8 +403,9 @@ class ObjectTracker:
 
     def decode(self, frame_idx: int, features: FrameFeatures) -> DecodedMasks:
         """What memory says of a frame without a prompt."""
+        memory = self.memory
         image_embeddings = self._propagator.recall(
-            features, self.memory.memories_for(frame_idx), self.memory.pointers_for(frame_idx)
+            features, memory.prompts(), memory.tracked_for(frame_idx), memory.pointers_for(frame_idx)
         )
         return self._propagator.decode_tracked(self._decoder, features, image_embeddings)
 
@@ -372,8 +421,8 @@ class ObjectTracker:
 
     def _add_prompt(self, frame_idx: int, features: FrameFeatures, logits: Tensor, pointers: Tensor) -> None:
         self._prompt_logits[frame_idx] = logits
-        memory = FrameMemory(self._propagator.encode_memory(features, logits), pointers)
-        self.memory.add_prompt_frame(frame_idx, memory)
+        layers = self._propagator.prompt_keys_values(self._propagator.encode_memory(features, logits))
+        self.memory.add_prompt_frame(frame_idx, PromptMemory(layers, pointers))
 
 
 def track_frames(
@@ -399,6 +448,36 @@ def track_frames(
             features = encode(frame_idx, frame)
             logits = [tracker.track(frame_idx, features) for tracker in trackers]
         yield frame_idx, torch.cat(logits)
+
+
+def _keys_values(attention: Sam2VideoRoPEAttention, tokens: Tensor, position: Tensor, rope: Rope) -> KeysValues:
+    """What `attention` reads of the tokens (K, S, 64) of S / (h * w) frames, their position (S, 64)."""
+    keys = attention.k_proj(tokens + position).unflatten(1, (-1, rope[0].shape[1]))
+    return KeysValues(_rotate(keys, rope).flatten(1, 2)[:, None], attention.v_proj(tokens)[:, None])
+
+
+def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, memory: KeysValues, rope: Rope) -> Tensor:
+    """States (K, h * w, C) after one layer of memory attention; states (1, h * w, C) before are those of every object.
+
+    As the layer's own `forward`, which takes memory before it is projected.
+    """
+    normed = layer.layer_norm1(states)[:, None]
+    own, _ = layer.self_attn(normed, normed, normed, position_embeddings=rope)
+    states = states + layer.dropout1(own[:, 0])
+    attention = layer.cross_attn_image
+    query = _rotate(attention.q_proj(layer.layer_norm2(states))[:, None], rope)
+    recalled = F.scaled_dot_product_attention(
+        query.expand(len(memory.keys), -1, -1, -1), memory.keys, memory.values, scale=attention.scaling
+    )
+    states = states + layer.dropout2(attention.o_proj(recalled[:, 0]))
+    hidden = layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(states))))
+    return states + layer.dropout3(layer.linear2(hidden))
+
+
+def _rotate(states: Tensor, rope: Rope) -> Tensor:
+    """Rotary position encoding of (..., h * w, C)."""
+    rotated, _ = apply_rotary_pos_emb_2d(states, states[..., :0, :], *rope)
+    return rotated
 
 
 def resize(images: Tensor, size: int | tuple[int, int], antialias: bool = False) -> Tensor:

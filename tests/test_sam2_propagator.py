@@ -1,7 +1,18 @@
+import copy
+
 import pytest
 import torch
 
-from sa2va_i.sam2_propagator import FrameMemory, MemoryBank, ObjectTracker, resize, track_frames
+from sa2va_i.sam2_propagator import (
+    FrameMemory,
+    KeysValues,
+    MemoryBank,
+    ObjectTracker,
+    PromptMemory,
+    Sam2Propagator,
+    resize,
+    track_frames,
+)
 
 NUM_FRAMES = 24
 SIDE = 192
@@ -124,9 +135,8 @@ class ShortBank(MemoryBank):
         self._tracked_features[frame_idx] = memory.features
         self._tracked_pointers[frame_idx] = memory.pointers
 
-    def memories_for(self, frame_idx):
-        memories = super().memories_for(frame_idx)
-        return [(index, features) for index, features in memories if index == 6 or index < self._reach[0]]
+    def tracked_for(self, frame_idx):
+        return [(index, features) for index, features in super().tracked_for(frame_idx) if index < self._reach[0]]
 
     def pointers_for(self, frame_idx):
         return super().pointers_for(frame_idx)[: 1 + self._reach[1]]
@@ -136,20 +146,29 @@ def memory_of(frame_idx: int) -> FrameMemory:
     return FrameMemory(torch.tensor(frame_idx), torch.tensor(-frame_idx))
 
 
+def prompt_of(frame_idx: int) -> PromptMemory:
+    return PromptMemory([KeysValues(torch.tensor(frame_idx), torch.tensor(frame_idx))], torch.tensor(-frame_idx))
+
+
+def frames_of_prompts(bank: MemoryBank) -> list[int]:
+    return [int(layers[0].keys) for layers in bank.prompts()]
+
+
 class TestMemoryBank:
     def test_reaches_six_memories_and_fifteen_pointers(self):
         bank = MemoryBank(7, 16)
-        bank.add_prompt_frame(0, memory_of(0))
+        bank.add_prompt_frame(0, prompt_of(0))
         for frame_idx in range(1, 31):
             bank.add_tracked_frame(frame_idx, memory_of(frame_idx))
-        memories = [(index, int(features)) for index, features in bank.memories_for(31)]
-        assert memories == [(6, 0), (5, 25), (4, 26), (3, 27), (2, 28), (1, 29), (0, 30)]
+        memories = [(index, int(features)) for index, features in bank.tracked_for(31)]
+        assert memories == [(5, 25), (4, 26), (3, 27), (2, 28), (1, 29), (0, 30)]
+        assert frames_of_prompts(bank) == [0]
         assert [-int(pointer) for pointer in bank.pointers_for(31)] == [0, *range(30, 15, -1)]
 
     def test_size_does_not_grow(self):
         bank = MemoryBank(7, 16)
         for frame_idx in range(3):
-            bank.add_prompt_frame(frame_idx, memory_of(frame_idx))
+            bank.add_prompt_frame(frame_idx, prompt_of(frame_idx))
         sizes = []
         for frame_idx in range(3, 200):
             bank.add_tracked_frame(frame_idx, memory_of(frame_idx))
@@ -162,16 +181,15 @@ class TestMemoryBank:
         for frame_idx in range(1, 4):
             bank.add_tracked_frame(frame_idx, memory_of(frame_idx))
         for frame_idx in range(4, 9):
-            bank.add_prompt_frame(frame_idx, memory_of(frame_idx))
-        assert [int(features) for index, features in bank.memories_for(9) if index == 5][-1] == 3
-        assert len(bank.memories_for(9)) == 5 + 1
+            bank.add_prompt_frame(frame_idx, prompt_of(frame_idx))
+        assert [(index, int(features)) for index, features in bank.tracked_for(9)] == [(5, 3)]
 
     def test_pointers_of_prompt_frames_to_come_are_not_read(self):
         bank = MemoryBank(7, 16)
-        bank.add_prompt_frame(2, memory_of(2))
-        bank.add_prompt_frame(8, memory_of(8))
+        bank.add_prompt_frame(2, prompt_of(2))
+        bank.add_prompt_frame(8, prompt_of(8))
         assert [-int(pointer) for pointer in bank.pointers_for(5)] == [2]
-        assert [int(features) for _, features in bank.memories_for(5)] == [2, 8]
+        assert frames_of_prompts(bank) == [2, 8]
 
 
 def test_frames_without_a_prompt_are_encoded_once(propagator, video):
@@ -196,3 +214,43 @@ def test_propagate_without_a_prompt(propagator, video):
 
 def test_resize_works_in_float32():
     assert resize(torch.ones(1, 1, 4, 4, dtype=torch.bfloat16), (3, 5)).dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def remembered() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Memories and pointers of three frames and two objects."""
+    generator = torch.Generator().manual_seed(1)
+    memories = [torch.randn(2, 12 * 12, 64, generator=generator).bfloat16() for _ in range(3)]
+    return memories, [torch.randn(2, 64, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize(("temporal_index", "same"), [(0, True), (1, False)])
+def test_recall_equals_the_native_memory_attention(propagator, video, remembered, temporal_index, same):
+    """Keys and values made ahead, and a first self-attention for all objects at once, change nothing."""
+    (first, second, tracked), pointers = remembered
+    spatial = propagator.memory_encoder.position_encoding(torch.Size((1, 64, 12, 12)), "cpu", torch.float32)
+    temporal = propagator.memory_temporal_positional_encoding[:, 0, 0]
+    with torch.no_grad():
+        features = propagator.features_for(propagator.mask_decoder, propagator.encode_images(video[0][None]))
+        image_position = propagator.vision_encoder.neck.position_encoding((1, 64, 12, 12), "cpu", torch.float32)
+        position = [spatial.flatten(2)[0].T + temporal[index] for index in (6, 6, temporal_index)]
+        native = propagator.memory_attention(
+            current_vision_features=features.stride16.flatten(2).permute(2, 0, 1).expand(-1, 2, -1),
+            current_vision_position_embeddings=image_position.flatten(2).permute(2, 0, 1),
+            memory=torch.cat([first, second, tracked, *(pointer[:, None] for pointer in pointers)], 1).transpose(0, 1),
+            memory_posision_embeddings=torch.cat([*position, torch.zeros(3, 64)])[:, None],
+            num_object_pointer_tokens=3,
+        )
+        prompts = [propagator.prompt_keys_values(memory) for memory in (first, second)]
+        recalled = propagator.recall(features, prompts, [(0, tracked)], pointers)
+    expected = native.flatten(0, 1).reshape(2, 12, 12, 64).permute(0, 3, 1, 2)
+    assert (recalled[0] - recalled[1]).abs().max() > 1e-3
+    difference = (recalled - expected).abs().max()
+    assert difference < 1e-5 if same else difference > 1e-3
+
+
+def test_more_than_one_head_is_refused(propagator):
+    config = copy.deepcopy(propagator.config)
+    config.memory_attention_num_attention_heads = 2
+    with pytest.raises(ValueError, match="one head"):
+        Sam2Propagator(config)
