@@ -14,7 +14,7 @@ Words, used everywhere:
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +45,10 @@ from .processing_sa2va_i import (
     SAMPLERS,
     Sa2VAiProcessor,
     Video,
+    batches,
     check_mask_prompts,
     check_sample_idx,
+    in_background,
     load_image,
     open_video,
     segmentation_request,
@@ -135,14 +137,14 @@ class EncodedVideo(Video):
             self._image_features[key] = encode().cpu()
         return self._image_features[key]
 
-    def feature_pyramid(self, frame_idx: int, encode: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """SAM 2's features of a frame: those that are kept, or else what `encode` gives."""
-        if frame_idx in self._pyramids:
-            return self._pyramids[frame_idx]
-        pyramid = encode()
+    def feature_pyramid(self, frame_idx: int) -> tuple[Tensor, ...] | None:
+        """SAM 2's features of a frame, if they are kept."""
+        return self._pyramids.get(frame_idx)
+
+    def keep_pyramid(self, frame_idx: int, pyramid: tuple[Tensor, ...]) -> None:
+        """Keep SAM 2's features of a frame, as long as there is room."""
         if len(self._pyramids) < self._max_kept_frames:
             self._pyramids[frame_idx] = tuple(level.cpu() for level in pyramid)
-        return pyramid
 
 
 @dataclass
@@ -622,7 +624,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         masks: Iterator[tuple[int, np.ndarray]] = iter(())
         if len(seg_embeddings):
             groups = seg_embeddings.split(max_objects or len(seg_embeddings))
-            masks = self._video_masks(processor, sampled, groups, options, probabilities)
+            masks = to_arrays(self._video_masks(processor, sampled, groups, options, probabilities))
         return VideoSegmentations(answers, sampled, masks)
 
     # One function per mode
@@ -641,7 +643,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         if options.drafts_only:
             masks = drafts()
         elif len(answer.seg_embeddings):
-            masks = self._video_masks(processor, sampled, [answer.seg_embeddings], options)
+            masks = to_arrays(self._video_masks(processor, sampled, [answer.seg_embeddings], options))
         else:
             masks = iter(())
         return VideoSegmentation(answer, sampled, masks, drafts)
@@ -728,11 +730,34 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         features = self.propagator.features_for(self.grounding_encoder, pyramid)
         return self.propagator.decode_seg(self.grounding_encoder, features, seg_embeddings)
 
-    def _pyramid_of(
-        self, processor: Sa2VAiProcessor, video: EncodedVideo, frame_idx: int, frame: Image.Image
-    ) -> tuple[Tensor, ...]:
-        pyramid = video.feature_pyramid(frame_idx, lambda: self._encode(processor, frame))
-        return tuple(level.to(self.propagator.device) for level in pyramid)
+    def _pyramids(
+        self, processor: Sa2VAiProcessor, video: EncodedVideo, frames: Iterable[tuple[int, Image.Image]]
+    ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """(frame_idx, feature pyramid) of `frames`, in order; what `video` keeps is not encoded again.
+
+        Frames are decoded and resized in the background, and encoded a few at a time.
+        """
+        device, batch_size = self.propagator.device, self.propagator.frames_per_batch
+
+        def prepared() -> Iterator[tuple[int, Tensor | None]]:
+            for frame_idx, frame in frames:
+                if video.feature_pyramid(frame_idx) is not None:
+                    yield frame_idx, None
+                    continue
+                pixel_values = processor.sam2_pixel_values([frame])
+                yield frame_idx, pixel_values.pin_memory() if device.type == "cuda" else pixel_values
+
+        for batch in batches(in_background(prepared(), batch_size), batch_size):
+            new = {idx: pixels.to(device, non_blocking=True) for idx, pixels in batch if pixels is not None}
+            if new:
+                levels = [level.split(1) for level in self.propagator.encode_images(torch.cat(list(new.values())))]
+                pyramids = dict(zip(new, zip(*levels, strict=True), strict=True))
+            for frame_idx, _ in batch:
+                if frame_idx in new:
+                    video.keep_pyramid(frame_idx, pyramids[frame_idx])
+                    yield frame_idx, pyramids[frame_idx]
+                else:
+                    yield frame_idx, tuple(level.to(device) for level in video.feature_pyramid(frame_idx))
 
     @torch.no_grad()
     def _draft_masks(
@@ -741,8 +766,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         if len(seg_embeddings) == 0:
             return
         original_size = sampled.video.original_size
-        for frame_idx, frame in sampled:
-            decoded = self._decode_initial(self._pyramid_of(processor, sampled.video, frame_idx, frame), seg_embeddings)
+        for frame_idx, pyramid in self._pyramids(processor, sampled.video, sampled):
+            decoded = self._decode_initial(pyramid, seg_embeddings)
             if options.decoding == "memory":
                 masks = self.propagator.masks_at(decoded.logits, original_size)
             else:
@@ -757,22 +782,21 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         seg_groups: Sequence[Tensor],
         options: CallOptions,
         probabilities: bool = False,
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    ) -> Iterator[tuple[int, Tensor]]:
         """Every frame is encoded once: the sampled ones here, the others as they are tracked.
 
         The objects of each of `seg_groups`, (K, C) embeddings, are one batch; the masks are of all in order.
         """
         consistent = options.decoding == "consistent"
         decoder = self.propagator.mask_decoder if consistent else self.grounding_encoder
-        original_size = sampled.video.original_size
+        video, original_size = sampled.video, sampled.video.original_size
         trackers = [ObjectTracker(self.propagator, decoder, gate_masks=consistent) for _ in seg_groups]
         prompt_idx = set(sampled.indices[: options.max_prompt_frames])
-        features_to_come = {}
-        for frame_idx, frame in sampled:
-            pyramid = self._pyramid_of(processor, sampled.video, frame_idx, frame)
+        sampled_only = {}
+        for frame_idx, pyramid in self._pyramids(processor, video, sampled):
             features = self.propagator.features_for(decoder, pyramid)
             if frame_idx not in prompt_idx:
-                features_to_come[frame_idx] = features
+                sampled_only[frame_idx] = features
                 continue
             for tracker, seg_embeddings in zip(trackers, seg_groups, strict=True):
                 decoded = self._decode_initial(pyramid, seg_embeddings)
@@ -781,15 +805,18 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
                 else:
                     tracker.add_seg_prompt(frame_idx, features, decoded)
 
-        def encode(frame_idx: int, frame: Image.Image) -> FrameFeatures:
-            if frame_idx in features_to_come:
-                return features_to_come.pop(frame_idx)
-            pyramid = self._pyramid_of(processor, sampled.video, frame_idx, frame)
-            return self.propagator.features_for(decoder, pyramid)
+        def features_to_track() -> Iterator[FrameFeatures]:
+            others = ((idx, frame) for idx, frame in enumerate(video) if idx not in sampled.indices)
+            pyramids = self._pyramids(processor, video, others)
+            for frame_idx in range(video.num_frames):
+                if frame_idx in sampled_only:
+                    yield sampled_only.pop(frame_idx)
+                elif frame_idx not in prompt_idx:
+                    yield self.propagator.features_for(decoder, next(pyramids)[1])
 
-        for frame_idx, logits in track_frames(trackers, sampled.video, encode):
+        for frame_idx, logits in track_frames(trackers, video.num_frames, features_to_track()):
             logits = self.propagator.full_size_logits(logits, original_size)
-            yield frame_idx, _to_array(logits.sigmoid() if probabilities else logits > 0)
+            yield frame_idx, logits.sigmoid() if probabilities else logits > 0
 
     # Defaults
 
@@ -867,6 +894,27 @@ def _next_token_loss(states: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 def initial_masks(decoded: DecodedMasks, original_size: tuple[int, int]) -> Tensor:
     """(K, height, width) bool masks of a sampled frame, straight from stride 4."""
     return resize(decoded.logits, original_size)[:, 0] > 0
+
+
+def to_arrays(masks: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[int, np.ndarray]]:
+    """`masks` as arrays. A GPU's are fetched while it computes the next frame's: it never waits for the CPU."""
+    fetching: tuple[int, Tensor, torch.cuda.Event] | None = None
+    for frame_idx, of_frame in masks:
+        if not of_frame.is_cuda:
+            yield frame_idx, _to_array(of_frame)
+            continue
+        fetched, done = of_frame.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record(torch.cuda.current_stream(of_frame.device))
+        if fetching is not None:
+            yield _arrived(*fetching)
+        fetching = frame_idx, fetched, done
+    if fetching is not None:
+        yield _arrived(*fetching)
+
+
+def _arrived(frame_idx: int, fetched: Tensor, done: "torch.cuda.Event") -> tuple[int, np.ndarray]:
+    done.synchronize()
+    return frame_idx, fetched.numpy().copy()  # out of pinned memory, which is scarce
 
 
 def _to_array(masks: Tensor) -> np.ndarray:

@@ -5,9 +5,13 @@ ImageNet mean and std for the language model, to 1024 px and the rounded mean an
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +23,8 @@ from transformers.utils import is_av_available, requires_backends
 
 if is_av_available():
     import av
+
+Item = TypeVar("Item")
 
 IMAGE_TOKEN = "<image>"  # where the frames or the image stand in the caller's text
 IMG_START, IMG_CONTEXT, IMG_END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -345,6 +351,30 @@ def open_video(video: "Video | Sequence | np.ndarray | str | Path") -> Video:
     if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
         raise ValueError(f"A video array must be (T, height, width, 3) uint8. Got {array.shape} {array.dtype}.")
     return FrameList(array)
+
+
+def in_background(items: Iterable[Item], num_ahead: int) -> Iterator[Item]:
+    """`items`, in order; a thread of their own makes up to `num_ahead` of them before they are asked for.
+
+    An error in making an item is raised where that item would have come. What is left over when nobody asks any more is
+    dropped.
+    """
+    iterator, end = iter(items), object()
+    background = ThreadPoolExecutor(1, thread_name_prefix="frames")
+    try:
+        ahead = deque(background.submit(next, iterator, end) for _ in range(num_ahead))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(background.submit(next, iterator, end))
+            yield item
+    finally:
+        background.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """`items` in lists of `size`; what is left at the end comes in lists of one, so that there are but two sizes."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield from [batch] if len(batch) == size else ([item] for item in batch)
 
 
 def _frame_files(folder: Path) -> list[Path]:

@@ -8,8 +8,8 @@ Letters in shapes: K objects, B frames, C channels (256), H x W the size of SAM 
 Logits are at stride 4, (K, 1, 4h, 4w); > 0 is foreground. `frame_idx` is the position in the whole video.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ ABSENT_LOGIT = -1024.0  # the logit of every pixel of an object that SAM 2 score
 # A mask given by the caller becomes these logits; SAM 2 treats it like a prediction of its own that is certain.
 MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
 
-Frame = TypeVar("Frame")
 Rope = tuple[Tensor, Tensor]  # cosines and sines (1, h * w, C)
 
 
@@ -100,6 +99,11 @@ class Sam2Propagator(Sam2VideoModel):
     def image_side(self) -> int:
         """Side in pixels of the square frames it takes."""
         return self.config.image_size
+
+    @property
+    def frames_per_batch(self) -> int:
+        """How many frames are best encoded at a time: a CPU is busy with one, a GPU would wait for its next kernel."""
+        return 4 if self.device.type == "cuda" else 1
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Feature pyramid of B frames, before any decoder's own convolutions.
@@ -233,14 +237,15 @@ class Sam2Propagator(Sam2VideoModel):
         if not prompt_masks:
             raise ValueError("`prompt_masks` is empty; give the masks of at least one frame.")
 
-        def encode(frame_idx: int, frame: Tensor) -> FrameFeatures:
+        def encode(frame: Tensor) -> FrameFeatures:
             return self.features_for(self.mask_decoder, self.encode_images(frame[None]))
 
         tracker = ObjectTracker(self, self.mask_decoder)
         with torch.no_grad():
             for frame_idx in sorted(prompt_masks):
-                tracker.add_mask_prompt(frame_idx, encode(frame_idx, frames[frame_idx]), prompt_masks[frame_idx])
-        yield from track_frames([tracker], frames, encode)
+                tracker.add_mask_prompt(frame_idx, encode(frames[frame_idx]), prompt_masks[frame_idx])
+        others = (encode(frames[idx]) for idx in range(len(frames)) if idx not in prompt_masks)
+        yield from track_frames([tracker], len(frames), others)
 
     def masks_at(self, logits: Tensor, original_size: tuple[int, int]) -> Tensor:
         """(K, height, width) bool masks at `original_size` from propagated logits, by way of H x W as SAM 2 does."""
@@ -426,27 +431,24 @@ class ObjectTracker:
 
 
 def track_frames(
-    trackers: Sequence[ObjectTracker],
-    frames: Iterable[Frame],
-    encode: Callable[[int, Frame], FrameFeatures],
+    trackers: Sequence[ObjectTracker], num_frames: int, features: Iterator[FrameFeatures]
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (frame_idx, logits) of every frame of a video, in order, holding none of them.
 
-    Frames before the first prompt are tracked too: their memory is the prompt frames to come. A frame is encoded once
-    for all trackers; the logits of their objects come one tracker after the other.
+    Frames before the first prompt are tracked too: their memory is the prompt frames to come. The logits of the objects
+    come one tracker after the other.
 
     Args:
         trackers: with their prompts, on the same frames and with the same decoder.
-        frames: the whole video.
-        encode: called once, with frame_idx and frame, for each frame that does not prompt.
+        features: of each frame that does not prompt, in order; asked for one at a time.
     """
-    for frame_idx, frame in enumerate(frames):
+    for frame_idx in range(num_frames):
         if trackers[0].is_prompt_frame(frame_idx):
             yield frame_idx, torch.cat([tracker.prompt_logits(frame_idx) for tracker in trackers])
             continue
         with torch.no_grad():
-            features = encode(frame_idx, frame)
-            logits = [tracker.track(frame_idx, features) for tracker in trackers]
+            of_frame = next(features)
+            logits = [tracker.track(frame_idx, of_frame) for tracker in trackers]
         yield frame_idx, torch.cat(logits)
 
 

@@ -1,5 +1,6 @@
 import shutil
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from sa2va_i.processing_sa2va_i import (
     SAM2_STD,
     Sa2VAiProcessor,
     VideoFile,
+    batches,
     check_mask_prompts,
     check_sample_idx,
     first_frame_indices,
+    in_background,
     load_image,
     open_video,
     segmentation_request,
@@ -312,3 +315,49 @@ class TestTokenizer:
     def test_stop_tokens(self, small_processor, tokenizer):
         words = tokenizer.convert_ids_to_tokens(small_processor.stop_token_ids)
         assert set(words) == {"<|im_end|>", "<|endoftext|>"}
+
+
+class TestInBackground:
+    def test_order_and_bound(self):
+        made = []
+
+        def items():
+            for number in range(20):
+                made.append(number)
+                yield number
+
+        for number in in_background(items(), 3):
+            assert len(made) <= number + 4
+            assert made[: number + 1] == list(range(number + 1))
+        assert number == 19
+
+    def test_in_another_thread(self):
+        threads = in_background((threading.get_ident() for _ in range(3)), 1)
+        assert threading.get_ident() not in set(threads)
+
+    def test_an_error_comes_where_its_item_would(self):
+        def items():
+            yield "first"
+            raise ValueError("broken at frame 1")
+
+        found = in_background(items(), 4)
+        assert next(found) == "first"
+        with pytest.raises(ValueError, match="broken at frame 1"):
+            next(found)
+
+    def test_nothing_goes_on_when_nobody_asks(self):
+        made, threads = [], threading.active_count()
+        found = in_background((made.append(number) for number in range(1000)), 2)
+        next(found)
+        found.close()
+        assert len(made) <= 3
+        assert threading.active_count() == threads
+
+    def test_no_items(self):
+        assert list(in_background([], 2)) == []
+
+
+def test_batches_have_two_sizes():
+    assert list(batches(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(batches(range(5), 3)) == [[0, 1, 2], [3], [4]]
+    assert list(batches([], 3)) == []

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sa2va_i.sam2_propagator import (
+    FrameFeatures,
     FrameMemory,
     KeysValues,
     MemoryBank,
@@ -36,6 +37,11 @@ def box(x: int, y: int) -> torch.Tensor:
 
 
 LEFT, RIGHT, NOTHING = box(5, 10), box(45, 30), torch.zeros(1, 60, 80, dtype=torch.bool)
+
+
+@torch.no_grad()
+def features_of(propagator, video) -> list[FrameFeatures]:
+    return [propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None])) for frame in video]
 
 
 def propagate(propagator, video, prompts) -> torch.Tensor:
@@ -95,14 +101,12 @@ def test_absent_objects_have_no_mask_unless_ungated(propagator, video, monkeypat
     score_head = propagator.mask_decoder.pred_obj_score_head
     monkeypatch.setattr(score_head, "forward", lambda tokens: torch.full_like(tokens[..., :1], -1))
 
-    def encode(frame_idx, frame):
-        return propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None]))
-
     def second_frame(gate_masks):
         tracker = ObjectTracker(propagator, propagator.mask_decoder, gate_masks)
+        first, second = features_of(propagator, video[:2])
         with torch.no_grad():
-            tracker.add_mask_prompt(0, encode(0, video[0]), LEFT)
-        return list(track_frames([tracker], video[:2], encode))[1][1]
+            tracker.add_mask_prompt(0, first, LEFT)
+        return list(track_frames([tracker], 2, iter([second])))[1][1]
 
     assert (second_frame(gate_masks=True) == -1024).all()
     assert (second_frame(gate_masks=False) != -1024).all()
@@ -115,12 +119,10 @@ def test_forgetting_is_lossless_up_to_the_horizon(propagator, video, reach, same
     tracker = ObjectTracker(propagator, propagator.mask_decoder)
     tracker.memory = ShortBank(*reach)
 
-    def encode(frame_idx, frame):
-        return propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None]))
-
+    first, *others = features_of(propagator, video)
     with torch.no_grad():
-        tracker.add_mask_prompt(0, encode(0, video[0]), LEFT)
-    logits = torch.stack([logits[:, 0] for _, logits in track_frames([tracker], video, encode)])
+        tracker.add_mask_prompt(0, first, LEFT)
+    logits = torch.stack([logits[:, 0] for _, logits in track_frames([tracker], len(video), iter(others))])
     assert torch.equal(logits, expected) is same
 
 
@@ -192,19 +194,21 @@ class TestMemoryBank:
         assert frames_of_prompts(bank) == [2, 8]
 
 
-def test_frames_without_a_prompt_are_encoded_once(propagator, video):
-    encoded = []
+def test_frames_are_asked_for_one_at_a_time_and_prompts_not_at_all(propagator, video):
+    first, *others = features_of(propagator, video[:4])
+    asked = []
 
-    def encode(frame_idx, frame):
-        encoded.append((frame_idx, frame is video[frame_idx]))
-        return propagator.features_for(propagator.mask_decoder, propagator.encode_images(frame[None]))
+    def features():
+        for number, of_frame in enumerate(others, 1):
+            asked.append(number)
+            yield of_frame
 
     tracker = ObjectTracker(propagator, propagator.mask_decoder)
     with torch.no_grad():
-        tracker.add_mask_prompt(0, encode(0, video[0]), LEFT)
-    encoded.clear()
-    assert [frame_idx for frame_idx, _ in track_frames([tracker], video[:4], encode)] == [0, 1, 2, 3]
-    assert encoded == [(1, True), (2, True), (3, True)]
+        tracker.add_mask_prompt(0, first, LEFT)
+    for frame_idx, _ in track_frames([tracker], 4, features()):
+        assert asked == list(range(1, frame_idx + 1))
+    assert frame_idx == 3
 
 
 def test_propagate_without_a_prompt(propagator, video):
