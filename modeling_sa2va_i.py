@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BatchFeature,
+    DynamicCache,
     GenerationMixin,
     InternVLConfig,
     InternVLVisionModel,
@@ -83,10 +84,14 @@ class Sa2VAiOutput(ModelOutput):
 
 @dataclass
 class Answer:
-    """An answer of the language model. seg_embeddings: (K, C), one SAM 2 prompt per `[SEG]`, in order."""
+    """An answer of the language model.
+
+    token_ids: (N,) generated ones; seg_embeddings: (K, C), one SAM 2 prompt per `[SEG]`, in order.
+    """
 
     prediction: str
     past_text: str
+    token_ids: Tensor
     seg_embeddings: Tensor
 
 
@@ -106,16 +111,52 @@ class CallOptions:
         check_decoding_options(self.sample_num_frames, self.sampling, self.decoding, self.max_prompt_frames)
 
 
-class EncodedVideo(Video):
-    """A video of which one model's encodings are kept, on the CPU, for the questions to come.
+class PromptCache:
+    """The language model's keys and values of the last prompt with its answer; the next goes on where it differs.
 
-    Made by `Sa2VAiModel.encode_video`, and given wherever a video is taken.
+    A conversation goes on after its last answer, another question about the same frames after the frames.
     """
 
-    def __init__(self, video: Video, max_kept_frames: int):
+    def __init__(self):
+        self._indices: list[int] = []
+        self._token_ids = torch.empty(0, dtype=torch.long)
+        self._cache = DynamicCache()
+
+    def take(self, indices: Sequence[int], token_ids: Tensor) -> DynamicCache:
+        """The cache of what a prompt, (L,) `token_ids` about the frames at `indices`, has in common with the last.
+
+        It is the caller's until `put`: if the answer fails, nothing is kept. The last token is never in common, for
+        the state there is what the answer starts from.
+        """
+        length = min(len(self._token_ids), len(token_ids) - 1)
+        differ = (self._token_ids[:length] != token_ids[:length].cpu()).nonzero()
+        num_common = int(differ[0]) if len(differ) else length
+        if num_common == 0 or list(indices) != self._indices:
+            self._cache = DynamicCache()
+        elif num_common < len(self._token_ids):
+            self._cache.crop(num_common - len(self._token_ids))
+        cache, self._cache, self._token_ids = self._cache, DynamicCache(), self._token_ids[:0]
+        return cache
+
+    def put(self, indices: Sequence[int], token_ids: Tensor, cache: DynamicCache) -> None:
+        """Keep `cache`, of the first of `token_ids`, a prompt with its answer."""
+        self._indices, self._cache = list(indices), cache
+        self._token_ids = token_ids[: cache.get_seq_length()].cpu()
+
+
+class EncodedVideo(Video):
+    """A video of which one model's encodings are kept for the questions to come.
+
+    Made by `Sa2VAiModel.encode_video`, and given wherever a video is taken. Encodings of frames lie on the CPU.
+
+    prompt_cache: of the last question; None if there is one question alone.
+    """
+
+    def __init__(self, video: Video, max_kept_frames: int, prompt_cache: PromptCache | None = None):
         self._video = video
         self.fps, self.num_frames, self.original_size = video.fps, video.num_frames, video.original_size
         self._max_kept_frames = max_kept_frames
+        self.prompt_cache = prompt_cache
         self._frames: dict[tuple[int, ...], list[Image.Image]] = {}
         self._image_features: dict[tuple[int, ...], Tensor] = {}
         self._pyramids: dict[int, tuple[Tensor, ...]] = {}
@@ -469,13 +510,15 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             model.segment(video, "the cat")
 
         Nothing is encoded yet: the calls keep what they encode. (For prompts that are known together: `segment_each`.)
+        The language model's cache of the last question is kept too, on its own device: 0.05 GB for five frames with
+        the 4B model, 0.25 GB with the 26B.
 
         Args:
             max_kept_frames: of how many frames SAM 2's features are kept in the CPU's memory, all by default. A frame
                 is 8.3 MB in bfloat16 with Hiera-L, twice that in float32.
         """
         video = open_video(video)
-        return EncodedVideo(video, video.num_frames if max_kept_frames is None else max_kept_frames)
+        return EncodedVideo(video, video.num_frames if max_kept_frames is None else max_kept_frames, PromptCache())
 
     @torch.no_grad()
     def predict_forward(
@@ -601,7 +644,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
     ) -> VideoSegmentations:
         """Answer several prompts about one video, each on its own, and segment it for all of them at once.
 
-        Frames are decoded, seen by the vision model and encoded by SAM 2 once for all prompts.
+        Frames are decoded, seen by the vision model, read by the language model and encoded by SAM 2 once for all
+        prompts.
 
         Args:
             texts: prompts, taken as they are.
@@ -619,7 +663,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         processor = self._resolve_processor(processor)
         sampled = SampledVideo.sample(open_video(video), options)
         prompts = [processor.prompt_text(text, has_media=True) for text in texts]
-        answers = [self._answer_video(processor, sampled, prompt, options) for prompt in prompts]
+        cache = sampled.video.prompt_cache or PromptCache()
+        answers = [self._answer_video(processor, sampled, prompt, options, cache) for prompt in prompts]
         seg_embeddings = torch.cat([answer.seg_embeddings for answer in answers])
         masks: Iterator[tuple[int, np.ndarray]] = iter(())
         if len(seg_embeddings):
@@ -635,7 +680,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
     ) -> VideoSegmentation:
         sampled = SampledVideo.sample(video, options)
         prompt = processor.prompt_text(text, past_text, has_media=True)
-        answer = self._answer_video(processor, sampled, prompt, options)
+        answer = self._answer_video(processor, sampled, prompt, options, sampled.video.prompt_cache)
 
         def drafts() -> Iterator[tuple[int, np.ndarray]]:
             return self._draft_masks(processor, sampled, answer.seg_embeddings, options)
@@ -691,13 +736,24 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
     # From the answer to the masks
 
     def _answer_video(
-        self, processor: Sa2VAiProcessor, sampled: SampledVideo, prompt: str, options: CallOptions
+        self,
+        processor: Sa2VAiProcessor,
+        sampled: SampledVideo,
+        prompt: str,
+        options: CallOptions,
+        prompt_cache: PromptCache | None,
     ) -> Answer:
         inputs = processor(prompt, frames=sampled.frames)
         image_features = sampled.video.image_features(
             sampled.indices, lambda: self.get_image_features(inputs["pixel_values"])
         )
-        return self._answer(processor, prompt, inputs, options, image_features)
+        if prompt_cache is None or self.generation_config.cache_implementation is not None:
+            return self._answer(processor, prompt, inputs, options, image_features=image_features)
+        prompt_ids = inputs["input_ids"][0]
+        cache = prompt_cache.take(sampled.indices, prompt_ids)
+        answer = self._answer(processor, prompt, inputs, options, image_features=image_features, past_key_values=cache)
+        prompt_cache.put(sampled.indices, torch.cat([prompt_ids, answer.token_ids.to(prompt_ids.device)]), cache)
+        return answer
 
     def _answer(
         self,
@@ -705,21 +761,21 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         prompt: str,
         inputs: BatchFeature,
         options: CallOptions,
-        image_features: Tensor | None = None,
+        **generation: Any,
     ) -> Answer:
-        limits = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
+        if options.max_new_tokens is not None:
+            generation["max_new_tokens"] = options.max_new_tokens
         with last_states(self.get_decoder().norm) as states:
             token_ids = self.generate(
                 **inputs,
-                image_features=image_features,
                 eos_token_id=processor.stop_token_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
-                **limits,
+                **generation,
             )[0]
         seg_states = select_seg_states(torch.cat(states), token_ids, processor.seg_token_id)
         prediction = processor.decode(token_ids)
         seg_embeddings = self.text_hidden_fcs(seg_states.to(self.text_hidden_fcs[0].weight.device))
-        return Answer(prediction, processor.past_text(prompt, prediction), seg_embeddings)
+        return Answer(prediction, processor.past_text(prompt, prediction), token_ids, seg_embeddings)
 
     def _encode(self, processor: Sa2VAiProcessor, frame: Image.Image) -> tuple[Tensor, ...]:
         """SAM 2's feature pyramid of one frame."""

@@ -4,7 +4,8 @@
     python benchmarks/expressions.py --frames 100 --expressions 16
 
 Both run in this process, taking turns, with a small random SAM 2 (192 px) on the CPU. Prints the frames seen by SAM 2's
-image encoder and by the vision model, expressions per second, the ratio, and, last, one line of JSON.
+image encoder and by the vision model, the tokens read by the language model, expressions per second, the ratio, and,
+last, one line of JSON.
 """
 
 import argparse
@@ -22,18 +23,32 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import small_model
+from sa2va_i import Sa2VAiModel
 from sa2va_i.evaluation.runner import expression_prompt
 
 
 class Counter:
-    """Frames that pass through a module."""
+    """What passes through SAM 2, the vision model and the language model."""
 
-    def __init__(self, module: torch.nn.Module):
-        self.frames = 0
-        module.register_forward_hook(self._count, with_kwargs=True)
+    def __init__(self, model: Sa2VAiModel):
+        self.seen = {}
+        self.start()
+        model.propagator.vision_encoder.register_forward_pre_hook(self._count("SAM 2 frames"), with_kwargs=True)
+        model.vision_model.register_forward_pre_hook(self._count("vision frames"), with_kwargs=True)
+        model.get_decoder().register_forward_pre_hook(self._count_tokens, with_kwargs=True)
 
-    def _count(self, module, args, kwargs, output) -> None:
-        self.frames += len(args[0] if args else kwargs["pixel_values"])
+    def start(self) -> None:
+        self.seen = {"SAM 2 frames": 0, "vision frames": 0, "prompt tokens": 0}
+
+    def _count(self, what: str):
+        def count(module, args, kwargs) -> None:
+            self.seen[what] += len(args[0] if args else kwargs["pixel_values"])
+
+        return count
+
+    def _count_tokens(self, module, args, kwargs) -> None:
+        if kwargs.get("inputs_embeds") is not None:  # generated tokens come as ids
+            self.seen["prompt tokens"] += kwargs["inputs_embeds"].shape[1]
 
 
 def main() -> None:
@@ -48,7 +63,7 @@ def main() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8)
     video = [Image.fromarray(np.roll(noise, 3 * frame_idx, axis=1)) for frame_idx in range(arguments.frames)]
     texts = [expression_prompt(f"object {number}") for number in range(arguments.expressions)]
-    sam2, vision = Counter(model.propagator.vision_encoder), Counter(model.vision_model)
+    counter = Counter(model)
 
     def together() -> list[np.ndarray]:
         masks = [masks for _, masks in model.segment_each(video, texts)]
@@ -60,9 +75,9 @@ def main() -> None:
     contenders = {"together": together, "one by one": one_by_one}
     results, seconds, seen = {}, {name: [] for name in contenders}, {}
     for name, run in contenders.items():  # warm-up, and what each sees
-        sam2.frames = vision.frames = 0
+        counter.start()
         results[name] = run()
-        seen[name] = {"sam2": sam2.frames, "vision": vision.frames}
+        seen[name] = dict(counter.seen)
     for _ in range(arguments.repeats):
         for name, run in contenders.items():
             start = time.perf_counter()
@@ -71,9 +86,9 @@ def main() -> None:
     differing = np.mean([(a != b).mean() for a, b in zip(*results.values(), strict=True)])
 
     speed = {name: arguments.expressions / statistics.median(times) for name, times in seconds.items()}
-    print(f"{'':12}{'SAM 2 frames':>14}{'vision frames':>15}{'expressions/s':>15}")
+    print(f"{'':12}" + "".join(f"{what:>15}" for what in (*counter.seen, "expressions/s")))
     for name in contenders:
-        print(f"{name:12}{seen[name]['sam2']:14}{seen[name]['vision']:15}{speed[name]:15.2f}")
+        print(f"{name:12}" + "".join(f"{count:15}" for count in seen[name].values()) + f"{speed[name]:15.2f}")
     ratio = speed["together"] / speed["one by one"]
     print(f"together is x{ratio:.2f}; differing pixels {differing:.1e}")
     record = {

@@ -3,6 +3,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from sa2va_i.modeling_sa2va_i import last_states, merge_patches, select_seg_stat
 
 ONE, TWO, NONE = "It is [SEG].<|im_end|>", "It is [SEG] and [SEG].<|im_end|>", "It is not there.<|im_end|>"
 TEXT = "<image>Please segment the disk."
+OF_FRAMES = 5 * (4 + 2)  # tokens, of the sampled frames of the small model
 
 
 @pytest.fixture
@@ -53,6 +55,20 @@ def seen_frames(small_model, monkeypatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(small_model.vision_model, "forward", count)
     return seen
+
+
+@pytest.fixture
+def read_tokens(small_model) -> Iterator[list[int]]:
+    """How many tokens of each prompt the language model reads."""
+    read = []
+
+    def count(module, args, kwargs):
+        if (embeddings := kwargs.get("inputs_embeds")) is not None:  # generated tokens come as ids
+            read.append(embeddings.shape[1])
+
+    handle = small_model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    yield read
+    handle.remove()
 
 
 class TestPredictVideo:
@@ -624,6 +640,11 @@ class TestSegmentEach:
         assert list(segmentations) == []
         assert encoded_frames == []
 
+    def test_frames_are_read_once(self, small_model, frames, answering, read_tokens):
+        self.segment_each(small_model, frames, answering)
+        assert read_tokens[0] > OF_FRAMES
+        assert max(read_tokens[1:]) < OF_FRAMES
+
 
 class TestEncodedVideo:
     def ask(self, model, video, answering, answer=TWO, **options):
@@ -666,6 +687,55 @@ class TestEncodedVideo:
         encoded_frames.clear()
         self.ask(small_model, video, answering)
         assert len(encoded_frames) == 8
+
+    def test_frames_and_past_turns_are_read_once(self, small_model, frames, answering, read_tokens):
+        """The frames, and what stands before them, are read at the first question alone."""
+        video = small_model.encode_video(frames)
+        first = self.ask(small_model, video, answering, ONE)
+        with answering(small_model, NONE):
+            again = small_model.predict_forward(video=video, text=TEXT.replace("disk", "other disk"))
+            small_model.predict_forward(video=video, text="And the others?", past_text=again["past_text"])
+        whole, second_question, second_turn = read_tokens
+        assert whole > OF_FRAMES + 10
+        assert max(second_question, second_turn) < OF_FRAMES
+        read_tokens.clear()
+        with answering(small_model, NONE):  # twins: other frames, and no kept encodings
+            small_model.predict_forward(video=video, text=TEXT, sample_idx=[0, 2, 5, 8, 10])
+            small_model.predict_forward(video=frames, text="And the others?", past_text=first["past_text"])
+        assert min(read_tokens) > OF_FRAMES
+
+    def test_what_was_read_once_gives_the_same_states(self, small_model, frames, answering):
+        texts = ["<image>Please segment the disk.", "<image>Please segment the disks.", "<image>What moves?"]
+
+        def embeddings(video, text):
+            with answering(small_model, TWO), pytest.MonkeyPatch.context() as patch:
+                seen, decode = [], small_model._decode_initial
+                patch.setattr(small_model, "_decode_initial", lambda p, e: (seen.append(e), decode(p, e))[1])
+                result = small_model.predict_forward(video=video, text=text, sample_num_frames=2)
+            assert result["prediction"] == TWO
+            return seen[0]
+
+        kept, found = small_model.encode_video(frames), []
+        for text in texts:
+            found.append(embeddings(kept, text))
+            torch.testing.assert_close(found[-1], embeddings(frames, text), rtol=0, atol=1e-5)
+        assert (found[0] - found[1]).abs().max() > 1e-3
+
+    def test_an_answer_that_fails_leaves_no_cache(self, small_model, frames, answering, read_tokens, monkeypatch):
+        video = small_model.encode_video(frames)
+        self.ask(small_model, video, answering, ONE)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(modeling_sa2va_i, "select_seg_states", lambda *args: 1 / 0)
+            self.ask(small_model, video, answering, ONE)
+        read_tokens.clear()
+        self.ask(small_model, video, answering, ONE)
+        assert read_tokens[0] > OF_FRAMES
+
+    def test_a_cache_of_the_users_choice(self, small_model, frames, answering, monkeypatch):
+        monkeypatch.setattr(small_model.generation_config, "cache_implementation", "static")
+        video = small_model.encode_video(frames)
+        for _ in range(2):
+            assert self.ask(small_model, video, answering, ONE)["prediction"] == ONE
 
     def test_initial_masks_beside_the_propagated(self, small_model, frames, answering, encoded_frames):
         drafts = self.ask(small_model, frames, answering, return_drafts_only=True)
