@@ -49,10 +49,12 @@ from .processing_sa2va_i import (
     batches,
     check_mask_prompts,
     check_sample_idx,
+    coco_masks,
     in_background,
     load_image,
     open_video,
     segmentation_request,
+    to_rle,
 )
 from .sam2_propagator import DecodedMasks, FrameFeatures, ObjectTracker, Sam2Propagator, resize, track_frames
 
@@ -106,9 +108,12 @@ class CallOptions:
     sample_idx: Sequence[int] | None = None  # the caller's own
     max_new_tokens: int | None = None
     drafts_only: bool = False
+    return_rle: bool = False
 
     def __post_init__(self):
         check_decoding_options(self.sample_num_frames, self.sampling, self.decoding, self.max_prompt_frames)
+        if self.return_rle:
+            coco_masks()
 
 
 class PromptCache:
@@ -538,6 +543,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         decoding: str | None = None,
         sampling: str | None = None,
         max_new_tokens: int | None = None,
+        return_rle: bool = False,
     ) -> dict[str, Any]:
         """Answer a prompt about an image, a video or neither, and segment what the answer points at.
 
@@ -553,6 +559,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             sample_idx: the sampled frames themselves, in the place of `sample_num_frames` and `sampling`.
             return_drafts_only: stop at the initial masks of the sampled frames, without propagation.
             max_new_tokens: limit of the answer's length. A `[SEG]` that is cut off as the last token has no mask.
+            return_rle: masks as COCO run-length codes (needs pycocotools): a list of T in the place of an array, some
+                hundred times smaller, for long videos.
         Returns:
             `prediction` (str): the answer, special tokens kept.
             `prediction_masks` (list, one per `[SEG]`): bool arrays (T, height, width); (1, height, width) for an image,
@@ -576,6 +584,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             sample_idx=sample_idx,
             max_new_tokens=max_new_tokens,
             drafts_only=return_drafts_only,
+            return_rle=return_rle,
         )
         processor = self._resolve_processor(processor if processor is not None else tokenizer)
         past_text = past_text or ""
@@ -697,10 +706,9 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         self, processor: Sa2VAiProcessor, video: Video, text: str, past_text: str, options: CallOptions
     ) -> dict[str, Any]:
         segmentation = self._segment_video(processor, video, text, past_text, options)
-        masks = [masks for _, masks in segmentation]
         return {
             "prediction": segmentation.prediction,
-            "prediction_masks": list(np.stack(masks, axis=1)) if masks else [],
+            "prediction_masks": _masks_of_objects((masks for _, masks in segmentation), options.return_rle),
             "past_text": segmentation.past_text,
             "sample_idx": segmentation.sample_idx,
         }
@@ -720,11 +728,15 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         prompt = processor.prompt_text(text, past_text, has_media=True)
         inputs = processor(prompt, image=image, mask_prompts=mask_prompts)
         answer = self._answer(processor, prompt, inputs, options)
-        masks = []
+        masks: list[np.ndarray] = []
         if len(answer.seg_embeddings):
             decoded = self._decode_initial(self._encode(processor, image), answer.seg_embeddings)
-            masks = list(_to_array(self.propagator.masks_at(decoded.logits, original_size))[:, None])
-        return {"prediction": answer.prediction, "prediction_masks": masks, "past_text": answer.past_text}
+            masks = [_to_array(self.propagator.masks_at(decoded.logits, original_size))]
+        return {
+            "prediction": answer.prediction,
+            "prediction_masks": _masks_of_objects(masks, options.return_rle),
+            "past_text": answer.past_text,
+        }
 
     def _predict_text(
         self, processor: Sa2VAiProcessor, text: str, past_text: str, options: CallOptions
@@ -975,6 +987,15 @@ def _arrived(frame_idx: int, fetched: Tensor, done: "torch.cuda.Event") -> tuple
 
 def _to_array(masks: Tensor) -> np.ndarray:
     return masks.cpu().numpy()
+
+
+def _masks_of_objects(frames_masks: Iterable[np.ndarray], return_rle: bool) -> list[np.ndarray] | list[list[dict]]:
+    """(T, height, width) masks, or T codes, of each object, from (K, height, width) masks of each frame."""
+    if return_rle:
+        codes = [[to_rle(mask) for mask in masks] for masks in frames_masks]
+        return [list(of_object) for of_object in zip(*codes, strict=True)]
+    masks = list(frames_masks)
+    return list(np.stack(masks, axis=1)) if masks else []
 
 
 def _flash_attention_or_sdpa() -> str:

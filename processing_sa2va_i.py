@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -535,6 +537,20 @@ class Sa2VAiProcessor(ProcessorMixin):
     def _region_masks(self, mask_prompts: Tensor) -> Tensor:
         grid = (self.token_grid_size, self.token_grid_size)
         return F.interpolate(mask_prompts[None].float(), size=grid, mode="nearest")[0].bool()
+
+
+def coco_masks() -> ModuleType:
+    """pycocotools.mask; by name, for what a remote-code file imports is asked of every user."""
+    try:
+        return import_module("pycocotools.mask")
+    except ImportError as error:
+        raise ImportError("Run-length codes need pycocotools: pip install pycocotools") from error
+
+
+def to_rle(mask: np.ndarray) -> dict[str, Any]:
+    """COCO run-length code of a (height, width) bool mask, as JSON takes it."""
+    code = coco_masks().encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": code["size"], "counts": code["counts"].decode()}
 
 
 def segmentation_request(text: str) -> str:

@@ -7,12 +7,6 @@ import numpy as np
 from pycocotools import mask as coco
 
 
-def to_rle(mask: np.ndarray) -> dict[str, Any]:
-    """The code of a (height, width) bool mask, as JSON takes it."""
-    code = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": code["size"], "counts": code["counts"].decode()}
-
-
 def decode(code: Any) -> np.ndarray:
     """(height, width) bool of a code, or of a list of codes as one."""
     decoded = coco.decode(code)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..evaluation.masks import to_rle
 from ..overlay import VideoWriter, draw_overlay
+from ..processing_sa2va_i import to_rle
 
 MASKS, CODES = "masks.zip", "masks.json"
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from sa2va_i.evaluation.masks import to_rle
+from sa2va_i.processing_sa2va_i import to_rle
 
 NUM_FRAMES, SIZE = 6, (60, 80)
 EXPRESSIONS = ("the disk", "the thing that moves right", "what is the red one?", "the ground")

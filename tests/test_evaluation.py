@@ -20,7 +20,7 @@ import small_model as builder
 from fake_datasets import EXPRESSIONS, MAKERS, NUM_FRAMES, SIZE, disk
 from sa2va_i import cli
 from sa2va_i.evaluation.datasets import DATASETS, MeViS, open_dataset
-from sa2va_i.evaluation.masks import to_rle, union_of
+from sa2va_i.evaluation.masks import union_of
 from sa2va_i.evaluation.metrics import boundary, boundary_accuracy, region_similarity, robustness
 from sa2va_i.evaluation.report import Score, draw_worst, label_maps, score_run, summary
 from sa2va_i.evaluation.runner import (
@@ -33,6 +33,7 @@ from sa2va_i.evaluation.runner import (
     read_masks,
 )
 from sa2va_i.evaluation.submission import write_submission
+from sa2va_i.processing_sa2va_i import to_rle
 
 
 @pytest.fixture

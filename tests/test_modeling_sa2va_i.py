@@ -22,6 +22,7 @@ from transformers import (
 
 import small_model as small_model_builder
 from sa2va_i import Sa2VAiModel, VideoSegmentation, modeling_sa2va_i
+from sa2va_i.evaluation.masks import decode
 from sa2va_i.modeling_sa2va_i import last_states, merge_patches, select_seg_states
 
 ONE, TWO, NONE = "It is [SEG].<|im_end|>", "It is [SEG] and [SEG].<|im_end|>", "It is not there.<|im_end|>"
@@ -646,6 +647,29 @@ class TestSegmentEach:
         assert max(read_tokens[1:]) < OF_FRAMES
 
 
+class TestRunLengthCodes:
+    @pytest.mark.parametrize("medium", ["video", "image"])
+    def test_they_decode_to_the_masks(self, small_model, frames, answering, medium):
+        given = frames if medium == "video" else frames[0]
+        results = []
+        for return_rle in (False, True):
+            with answering(small_model, TWO):
+                results.append(small_model.predict_forward(**{medium: given}, text=TEXT, return_rle=return_rle))
+        masks, codes = (result["prediction_masks"] for result in results)
+        assert masks[0].any()
+        assert np.array_equal([[decode(code) for code in of_object] for of_object in codes], masks)
+        json.dumps(codes)
+
+    def test_without_seg(self, small_model, frames, answering):
+        with answering(small_model, NONE):
+            assert small_model.predict_forward(video=frames, text=TEXT, return_rle=True)["prediction_masks"] == []
+
+    def test_without_pycocotools(self, small_model, frames, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+        with pytest.raises(ImportError, match="pip install pycocotools"):
+            small_model.predict_forward(video=frames, text=TEXT, return_rle=True)
+
+
 class TestEncodedVideo:
     def ask(self, model, video, answering, answer=TWO, **options):
         with answering(model, answer):
@@ -694,6 +718,7 @@ class TestEncodedVideo:
         first = self.ask(small_model, video, answering, ONE)
         with answering(small_model, NONE):
             again = small_model.predict_forward(video=video, text=TEXT.replace("disk", "other disk"))
+        with answering(small_model, NONE):
             small_model.predict_forward(video=video, text="And the others?", past_text=again["past_text"])
         whole, second_question, second_turn = read_tokens
         assert whole > OF_FRAMES + 10
@@ -701,6 +726,7 @@ class TestEncodedVideo:
         read_tokens.clear()
         with answering(small_model, NONE):  # twins: other frames, and no kept encodings
             small_model.predict_forward(video=video, text=TEXT, sample_idx=[0, 2, 5, 8, 10])
+        with answering(small_model, NONE):
             small_model.predict_forward(video=frames, text="And the others?", past_text=first["past_text"])
         assert min(read_tokens) > OF_FRAMES
 

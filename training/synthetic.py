@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..evaluation.masks import to_rle
 from ..files import staged_folder, write_json
+from ..processing_sa2va_i import to_rle
 
 HELD_OUT = 1_000_000
 SIZE = (144, 192)  # height, width
