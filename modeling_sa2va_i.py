@@ -505,6 +505,15 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         if torch_dtype is not None:
             self.to(torch_dtype)
 
+    def compile_for_video(self) -> None:
+        """Compile SAM 2 and the fine-tuned decoder with `torch.compile`, for many or long videos.
+
+        Masks are the same up to rounding. The first frames after it wait for the compiler, and so does the first
+        request with several objects; it needs what `torch.compile` needs: Triton on a GPU, a C++ compiler on a CPU.
+        """
+        self.propagator.compile_parts()
+        self.grounding_encoder.compile()
+
     def encode_video(
         self, video: Video | Sequence | str | Path | np.ndarray, max_kept_frames: int | None = None
     ) -> EncodedVideo:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers import Sam2VideoConfig, Sam2VideoModel
 from transformers.models.sam2_video.modeling_sam2_video import (
     Sam2VideoMemoryAttentionLayer,
-    Sam2VideoRoPEAttention,
     apply_rotary_pos_emb_2d,
 )
 
@@ -61,17 +60,16 @@ class DecodedMasks(NamedTuple):
         return self.object_score_logits > 0
 
 
-class KeysValues(NamedTuple):
-    """What one layer of memory attention reads: S tokens, keys and values (K, 1, S, C), one head."""
-
-    keys: Tensor
-    values: Tensor
-
-
 class PromptMemory(NamedTuple):
-    """What is remembered of a prompt frame. layers: its keys and values in each layer; pointers: (K, C)."""
+    """What is remembered of a prompt frame.
 
-    layers: list[KeysValues]
+    features: (K, h * w, 64) in bfloat16; pointers: (K, C).
+    keys: (K, h * w, C) for each layer of memory attention. Unlike a tracked frame's, the temporal index of a prompt
+        frame never changes, and neither do they: made once, read by every frame.
+    """
+
+    features: Tensor
+    keys: list[Tensor]
     pointers: Tensor
 
 
@@ -94,11 +92,19 @@ class Sam2Propagator(Sam2VideoModel):
                 f"SAM 2's memory attention has one head. Got memory_attention_num_attention_heads={heads}."
             )
         super().__init__(config)
+        self._attend = _attend
 
     @property
     def image_side(self) -> int:
         """Side in pixels of the square frames it takes."""
         return self.config.image_size
+
+    def compile_parts(self) -> None:
+        """Compile what every frame runs through; see `Sa2VAiModel.compile_for_video`."""
+        for part in (self.vision_encoder, self.mask_decoder, self.memory_encoder):
+            part.compile()
+        # memory grows over the first frames: without `dynamic` each length would be compiled
+        self._attend = torch.compile(_attend, dynamic=True)
 
     @property
     def frames_per_batch(self) -> int:
@@ -176,22 +182,16 @@ class Sam2Propagator(Sam2VideoModel):
         memory, _ = self.memory_encoder(features.stride16, masks.to(self.dtype))
         return memory.flatten(2).transpose(1, 2).to(torch.bfloat16)
 
-    def prompt_keys_values(self, memory: Tensor) -> list[KeysValues]:
-        """Keys and values of the memory features of a prompt frame, in each layer of memory attention.
-
-        Unlike a tracked frame's, its temporal index never changes, and neither do they: made once, read by every frame.
-
-        Args:
-            memory: (K, h * w, 64), of `encode_memory`.
-        """
-        tokens, position = self._memory_tokens([(self.config.num_maskmem - 1, memory)])
+    def prompt_keys(self, features: Tensor) -> list[Tensor]:
+        """Keys (K, h * w, C) of a prompt frame in each layer of memory attention; `features` of `encode_memory`."""
+        tokens, position = self._memory_tokens([(self.config.num_maskmem - 1, features)])
         rope = self._rope()
-        return [_keys_values(layer.cross_attn_image, tokens, position, rope) for layer in self.memory_attention.layers]
+        return [_frame_keys(layer, tokens + position, rope) for layer in self.memory_attention.layers]
 
     def recall(
         self,
         features: FrameFeatures,
-        prompts: Sequence[Sequence[KeysValues]],
+        prompts: Sequence[PromptMemory],
         tracked: Sequence[tuple[int, Tensor]],
         pointers: Sequence[Tensor],
     ) -> Tensor:
@@ -199,7 +199,7 @@ class Sam2Propagator(Sam2VideoModel):
 
         Args:
             features: of the frame (B = 1).
-            prompts: of each prompt frame, `prompt_keys_values`.
+            prompts: of all prompt frames, at least one.
             tracked: (temporal index, (K, h * w, 64) features); the index picks a row of the temporal encoding.
             pointers: each (K, C). They carry no position: SAM 2.0 gives pointers none.
         """
@@ -210,18 +210,22 @@ class Sam2Propagator(Sam2VideoModel):
         # (1, h * w, C): the objects part where memory comes in, behind the first layer's self-attention
         states = (features.stride16 + 0.1 * image_position).flatten(2).transpose(1, 2)
         rope = self._rope()
-        frame_tokens = self._memory_tokens(tracked) if tracked else None
-        pointer_tokens = self._pointer_tokens(pointers) if pointers else None
+        memory = [prompt.features.to(self.dtype) for prompt in prompts]
+        if tracked:
+            tokens, position = self._memory_tokens(tracked)
+            memory.append(tokens)
+        if pointers:
+            # a pointer is wider than the memory: it becomes C / 64 tokens
+            pointer_tokens = torch.stack(list(pointers), dim=1).flatten(1).unflatten(1, (-1, self.mem_dim))
+            memory.append(pointer_tokens)
+        memory = torch.cat(memory, dim=1)
         for number, layer in enumerate(self.memory_attention.layers):
-            attention = layer.cross_attn_image
-            read = [prompt[number] for prompt in prompts]
-            if frame_tokens is not None:
-                read.append(_keys_values(attention, *frame_tokens, rope))
-            if pointer_tokens is not None:
-                keys, values = attention.k_proj(pointer_tokens), attention.v_proj(pointer_tokens)
-                read.append(KeysValues(keys[:, None], values[:, None]))
-            keys, values = (torch.cat(part, dim=2) for part in zip(*read, strict=True))
-            states = _attend(layer, states, KeysValues(keys, values), rope)
+            keys = [prompt.keys[number] for prompt in prompts]
+            if tracked:
+                keys.append(_frame_keys(layer, tokens + position, rope))
+            if pointers:
+                keys.append(layer.cross_attn_image.k_proj(pointer_tokens))
+            states = self._attend(layer, states, torch.cat(keys, dim=1), memory, rope)
         return self.memory_attention.layer_norm(states).transpose(1, 2).unflatten(2, (height, width))
 
     def propagate(self, frames: Sequence[Tensor], prompt_masks: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -305,10 +309,6 @@ class Sam2Propagator(Sam2VideoModel):
         tokens = torch.cat([memory.to(self.dtype) for _, memory in memories], dim=1)
         return tokens, torch.cat([spatial + temporal[index] for index, _ in memories])
 
-    def _pointer_tokens(self, pointers: Sequence[Tensor]) -> Tensor:
-        """(K, S, 64): a pointer (K, C) is wider than the memory, and becomes C / 64 tokens."""
-        return torch.stack(list(pointers), dim=1).flatten(1).unflatten(1, (-1, self.mem_dim))
-
 
 class MemoryBank:
     """What SAM 2 remembers of one set of objects: prompt frames for good, the last 6 memories, the last 15 pointers.
@@ -334,9 +334,9 @@ class MemoryBank:
         self._tracked_features = _within(self._tracked_features, frame_idx + 1, self._memory_reach)
         self._tracked_pointers = _within(self._tracked_pointers, frame_idx + 1, self._pointer_reach)
 
-    def prompts(self) -> list[list[KeysValues]]:
-        """Of every prompt frame, past or future; they count as the farthest, at any distance."""
-        return [memory.layers for memory in self._prompts.values()]
+    def prompts(self) -> list[PromptMemory]:
+        """Every prompt frame, past or future; they count as the farthest, at any distance."""
+        return list(self._prompts.values())
 
     def tracked_for(self, frame_idx: int) -> list[tuple[int, Tensor]]:
         """(temporal index, features) of the tracked frames in reach; the index is the distance less one."""
@@ -426,8 +426,8 @@ class ObjectTracker:
 
     def _add_prompt(self, frame_idx: int, features: FrameFeatures, logits: Tensor, pointers: Tensor) -> None:
         self._prompt_logits[frame_idx] = logits
-        layers = self._propagator.prompt_keys_values(self._propagator.encode_memory(features, logits))
-        self.memory.add_prompt_frame(frame_idx, PromptMemory(layers, pointers))
+        memory = self._propagator.encode_memory(features, logits)
+        self.memory.add_prompt_frame(frame_idx, PromptMemory(memory, self._propagator.prompt_keys(memory), pointers))
 
 
 def track_frames(
@@ -452,28 +452,68 @@ def track_frames(
         yield frame_idx, torch.cat(logits)
 
 
-def _keys_values(attention: Sam2VideoRoPEAttention, tokens: Tensor, position: Tensor, rope: Rope) -> KeysValues:
-    """What `attention` reads of the tokens (K, S, 64) of S / (h * w) frames, their position (S, 64)."""
-    keys = attention.k_proj(tokens + position).unflatten(1, (-1, rope[0].shape[1]))
-    return KeysValues(_rotate(keys, rope).flatten(1, 2)[:, None], attention.v_proj(tokens)[:, None])
+def _frame_keys(layer: Sam2VideoMemoryAttentionLayer, tokens: Tensor, rope: Rope) -> Tensor:
+    """Keys (K, S, C) of the tokens (K, S, 64), with their position, of S / (h * w) frames."""
+    keys = layer.cross_attn_image.k_proj(tokens)
+    return _rotate(keys.unflatten(1, (-1, rope[0].shape[1])), rope).flatten(1, 2)
 
 
-def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, memory: KeysValues, rope: Rope) -> Tensor:
+def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, memory: Tensor, rope: Rope) -> Tensor:
     """States (K, h * w, C) after one layer of memory attention; states (1, h * w, C) before are those of every object.
 
-    As the layer's own `forward`, which takes memory before it is projected.
+    As the layer's own `forward`, which makes all keys itself.
+
+    Args:
+        keys: (K, S, C) of the tokens, as this layer makes them.
+        memory: (K, S, 64), the tokens.
     """
     normed = layer.layer_norm1(states)[:, None]
     own, _ = layer.self_attn(normed, normed, normed, position_embeddings=rope)
     states = states + layer.dropout1(own[:, 0])
     attention = layer.cross_attn_image
-    query = _rotate(attention.q_proj(layer.layer_norm2(states))[:, None], rope)
-    recalled = F.scaled_dot_product_attention(
-        query.expand(len(memory.keys), -1, -1, -1), memory.keys, memory.values, scale=attention.scaling
-    )
-    states = states + layer.dropout2(attention.o_proj(recalled[:, 0]))
+    query = _rotate(attention.q_proj(layer.layer_norm2(states)), rope).expand(len(keys), -1, -1)
+    if _in_blocks(query):
+        # the weights of a token sum to 1: projecting after them is the same, and a fourth of the arithmetic before
+        recalled = attention.v_proj(_blockwise_attention(query * attention.scaling, keys, memory))
+    else:
+        values = attention.v_proj(memory)
+        recalled = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)
+    states = states + layer.dropout2(attention.o_proj(recalled))
     hidden = layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(states))))
     return states + layer.dropout3(layer.linear2(hidden))
+
+
+def _in_blocks(query: Tensor) -> bool:
+    """Whether `_blockwise_attention` is the faster one; it works in place, and its loops are no thing to compile."""
+    is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return query.device.type == "cpu" and query.dtype == torch.float32 and is_plain
+
+
+def _blockwise_attention(query: Tensor, keys: Tensor, values: Tensor, block: tuple[int, int] = (1024, 512)) -> Tensor:
+    """softmax(query keys^T) values, block by block, so that the weights of a block stay in the processor's cache.
+
+    PyTorch's own attention on a CPU does the same, but only for values as wide as the keys.
+
+    Args:
+        query: (K, L, C), scaled.
+        keys, values: (K, S, C) and (K, S, D).
+    """
+    results = query.new_empty(*query.shape[:2], values.shape[2])
+    for of_object, result in zip(zip(query, keys, values, strict=True), results, strict=True):
+        rows, all_keys, all_values = of_object
+        for some, out in zip(rows.split(block[0]), result.split(block[0]), strict=True):
+            largest = torch.full((len(some), 1), -torch.inf)
+            total, summed = torch.zeros(len(some), 1), torch.zeros_like(out)
+            for some_keys, some_values in zip(all_keys.split(block[1]), all_values.split(block[1]), strict=True):
+                weights = some @ some_keys.T
+                new_largest = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
+                weights.sub_(new_largest).exp_()
+                rescale = (largest - new_largest).exp_()
+                total = total * rescale + weights.sum(dim=1, keepdim=True)
+                summed = torch.addmm(summed * rescale, weights, some_values)
+                largest = new_largest
+            torch.div(summed, total, out=out)
+    return results
 
 
 def _rotate(states: Tensor, rope: Rope) -> Tensor:

@@ -6,11 +6,11 @@ import torch
 from sa2va_i.sam2_propagator import (
     FrameFeatures,
     FrameMemory,
-    KeysValues,
     MemoryBank,
     ObjectTracker,
     PromptMemory,
     Sam2Propagator,
+    _blockwise_attention,
     resize,
     track_frames,
 )
@@ -149,11 +149,11 @@ def memory_of(frame_idx: int) -> FrameMemory:
 
 
 def prompt_of(frame_idx: int) -> PromptMemory:
-    return PromptMemory([KeysValues(torch.tensor(frame_idx), torch.tensor(frame_idx))], torch.tensor(-frame_idx))
+    return PromptMemory(torch.tensor(frame_idx), [], torch.tensor(-frame_idx))
 
 
 def frames_of_prompts(bank: MemoryBank) -> list[int]:
-    return [int(layers[0].keys) for layers in bank.prompts()]
+    return [int(prompt.features) for prompt in bank.prompts()]
 
 
 class TestMemoryBank:
@@ -228,9 +228,10 @@ def remembered() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return memories, [torch.randn(2, 64, generator=generator) for _ in range(3)]
 
 
+@pytest.mark.parametrize("in_training", [False, True])
 @pytest.mark.parametrize(("temporal_index", "same"), [(0, True), (1, False)])
-def test_recall_equals_the_native_memory_attention(propagator, video, remembered, temporal_index, same):
-    """Keys and values made ahead, and a first self-attention for all objects at once, change nothing."""
+def test_recall_equals_the_native_memory_attention(propagator, video, remembered, temporal_index, same, in_training):
+    """Keys made ahead, values projected last, and a first self-attention for all objects at once change nothing."""
     (first, second, tracked), pointers = remembered
     spatial = propagator.memory_encoder.position_encoding(torch.Size((1, 64, 12, 12)), "cpu", torch.float32)
     temporal = propagator.memory_temporal_positional_encoding[:, 0, 0]
@@ -245,12 +246,25 @@ def test_recall_equals_the_native_memory_attention(propagator, video, remembered
             memory_posision_embeddings=torch.cat([*position, torch.zeros(3, 64)])[:, None],
             num_object_pointer_tokens=3,
         )
-        prompts = [propagator.prompt_keys_values(memory) for memory in (first, second)]
+    with torch.set_grad_enabled(in_training):
+        prompts = [PromptMemory(memory, propagator.prompt_keys(memory), None) for memory in (first, second)]
         recalled = propagator.recall(features, prompts, [(0, tracked)], pointers)
     expected = native.flatten(0, 1).reshape(2, 12, 12, 64).permute(0, 3, 1, 2)
     assert (recalled[0] - recalled[1]).abs().max() > 1e-3
     difference = (recalled - expected).abs().max()
     assert difference < 1e-5 if same else difference > 1e-3
+
+
+@pytest.mark.parametrize(("length", "num_keys"), [(1, 1), (130, 600), (1024, 512), (70, 1025)])
+def test_blockwise_attention(length, num_keys):
+    """Of any size, and where the largest weight comes late."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, length, 16, generator=generator)
+    keys = torch.randn(2, num_keys, 16, generator=generator)
+    keys[:, -1] *= 30
+    values = torch.randn(2, num_keys, 4, generator=generator)
+    expected = torch.softmax(query @ keys.transpose(1, 2), dim=2) @ values
+    torch.testing.assert_close(_blockwise_attention(query, keys, values, block=(64, 100)), expected)
 
 
 def test_more_than_one_head_is_refused(propagator):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import Sam2VideoConfig
 
-from sa2va_i import Sa2VAiConfig, Sam2Propagator
-from sa2va_i.checkpoint_layout import SAM2_FILE, make_plan
+from sa2va_i import Sam2Propagator
 from sa2va_i.sam2_propagator import resize
 
 pytest.importorskip("sam2", reason="the extra `peers` is not installed")
+import sam2_peer
+
 pytestmark = pytest.mark.peers
 
 SIDE = 256
@@ -35,26 +36,9 @@ def sam2_weights(sources) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def predictor(sam2_weights):
-    """SAM2VideoPredictor as the original Sa2VA-i configures it: prompt masks are not made binary for the memory."""
-    from sam2.build_sam import build_sam2_video_predictor
-
-    overrides = [f"++model.image_encoder.trunk.{name}={value}" for name, value in TRUNK.items()]
-    predictor = build_sam2_video_predictor(
-        "configs/sam2/sam2_hiera_l.yaml",
-        ckpt_path=None,
-        device="cpu",
-        apply_postprocessing=False,
-        hydra_overrides_extra=[
-            *overrides,
-            "++model.image_encoder.neck.backbone_channel_list=[128,64,32,16]",
-            f"++model.image_size={SIDE}",
-            "++model.binarize_mask_from_pts_for_mem_enc=false",
-            # part of `apply_postprocessing`, without the hole filling
-            "++model.sam_mask_decoder_extra_args.dynamic_multimask_via_stability=true",
-            "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_delta=0.05",
-            "++model.sam_mask_decoder_extra_args.dynamic_multimask_stability_thresh=0.98",
-        ],
-    )
+    trunk = [f"++model.image_encoder.trunk.{name}={value}" for name, value in TRUNK.items()]
+    neck = "++model.image_encoder.neck.backbone_channel_list=[128,64,32,16]"
+    predictor = sam2_peer.build_predictor([*trunk, neck, f"++model.image_size={SIDE}"], device="cpu")
     predictor.load_state_dict(sam2_weights)
     return predictor
 
@@ -67,17 +51,8 @@ def propagator(sam2_weights, sam2_config) -> Sam2Propagator:
     config.vision_config.backbone_feature_sizes = [[SIDE // 4] * 2, [SIDE // 8] * 2, [SIDE // 16] * 2]
     config.memory_attention_rope_feat_sizes = [SIDE // 16] * 2
     propagator = Sam2Propagator(config).eval()
-    propagator.load_state_dict(native_weights(sam2_weights, propagator))
+    propagator.load_state_dict(sam2_peer.native_weights(sam2_weights, propagator))
     return propagator
-
-
-def native_weights(weights, propagator) -> dict[str, torch.Tensor]:
-    """Meta's tensors under transformers' names, by the tables of the conversion."""
-    keyed = {"grounding_encoder.sam2_model." + key: tensor for key, tensor in weights.items()}
-    keyed |= {SAM2_FILE + key: tensor for key, tensor in weights.items() if key.startswith("sam_mask_decoder.")}
-    plan = make_plan(keyed, Sa2VAiConfig(), "qwen2")
-    recipes = {key: plan["propagator." + key] for key in propagator.state_dict()}
-    return {key: recipe.make(*(keyed[name] for name in recipe.keys)) for key, recipe in recipes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -98,27 +73,6 @@ PROMPTS = {
 }
 
 
-def track_with_sam2(predictor, video, prompts) -> torch.Tensor:
-    """(T, K, height, width) logits at the prompts' size."""
-    height, width = 120, 160
-    with torch.inference_mode():
-        state = _empty_state(predictor, video, height, width)
-        for frame_idx, masks in prompts.items():
-            for object_idx, mask in enumerate(masks):
-                predictor.add_new_mask(state, frame_idx, object_idx, mask)
-        frames = {idx: logits for idx, _, logits in predictor.propagate_in_video(state, start_frame_idx=0)}
-    return torch.stack([frames[idx][:, 0] for idx in range(len(video))])
-
-
-def _empty_state(predictor, video, height, width):
-    """`init_state` reads frames from a folder of JPEGs; these are tensors."""
-    from unittest import mock
-
-    loaded = (video, height, width)
-    with mock.patch("sam2.sam2_video_predictor.load_video_frames", return_value=loaded):
-        return predictor.init_state("frames given as a tensor")
-
-
 def track_with_ours(propagator, video, prompts) -> torch.Tensor:
     """As the predictor gives them: from stride 4 straight to the prompts' size (Sa2VA-i goes by way of SAM 2's)."""
     return torch.stack([resize(logits, (120, 160))[:, 0] for _, logits in propagator.propagate(video, prompts)])
@@ -126,7 +80,8 @@ def track_with_ours(propagator, video, prompts) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def expected(predictor, video) -> torch.Tensor:
-    return track_with_sam2(predictor, video, PROMPTS)
+    """(T, K, height, width) logits at the prompts' size."""
+    return torch.stack([logits for _, logits in sam2_peer.propagate(predictor, video, PROMPTS)])
 
 
 def test_same_masks(propagator, video, expected):
