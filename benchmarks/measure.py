@@ -56,6 +56,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / seconds
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that are read, and as many written, in copying a large tensor: reading alone is no slower."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = statistics.median(timed(lambda: target.copy_(source), device)[1] for _ in range(5))
+    return 2 * source.nbytes / seconds
+
+
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
