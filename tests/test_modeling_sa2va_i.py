@@ -779,3 +779,25 @@ class TestEncodedVideo:
         with answering(small_model, NONE):
             assert list(small_model.segment(frames, "the disk").initial_masks()) == []
         assert encoded_frames == []
+
+
+@pytest.mark.slow
+def test_compiled_gives_the_same_masks(frames):
+    """A minute and more of compiling; one object and several, memory that fills, batches of none and all."""
+    model = small_model_builder.build()
+    small_model_builder.always_answer_seg(model)
+
+    def logits(prompts):
+        found = []
+        for _, of_frame in model.segment_each(frames, prompts, probabilities=True):
+            found.append(np.concatenate(of_frame))
+        return np.stack(found)
+
+    plain = [logits(["one"]), logits(["one", "two"])]
+    assert (plain[0][0] - plain[0][1]).max() > 0.5
+    model.compile_for_video()
+    for expected, prompts in zip(plain, (["one"], ["one", "two"]), strict=True):
+        compiled = logits(prompts)
+        assert not np.array_equal(compiled, expected)  # other kernels ran
+        assert np.abs(compiled - expected).max() < 0.02
+        assert ((compiled > 0.5) != (expected > 0.5)).mean() < 1e-4

@@ -6,6 +6,7 @@ WORDS: the model that has learnt to answer. SAM2: the folder that `train_sam2` m
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 from ...loading import load
@@ -14,10 +15,17 @@ from ...publish import save_package
 from ...sam2_propagator import Sam2Propagator
 
 
-def join(model: Sa2VAiModel, sam2: Sam2Propagator) -> None:
-    """Put `sam2` into the model. The fine-tuned decoder starts as a copy of its decoder, as in Sa2VA."""
+def join(words: Sa2VAiModel, sam2: Sam2Propagator) -> Sa2VAiModel:
+    """`words` with `sam2` in the place of its own, and a copy of its decoder to be fine-tuned, as in Sa2VA."""
+    config = copy.deepcopy(words.config)
+    config.sam2_config = sam2.config
+    model = Sa2VAiModel(config).eval()
+    for name, part in words.named_children():
+        if name not in ("propagator", "grounding_encoder"):
+            getattr(model, name).load_state_dict(part.state_dict())
     model.propagator.load_state_dict(sam2.state_dict())
     model.grounding_encoder.load_state_dict(sam2.mask_decoder.state_dict())
+    return model
 
 
 def main() -> None:
@@ -26,9 +34,10 @@ def main() -> None:
     parser.add_argument("sam2", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    model = load(arguments.words)
-    join(model, Sam2Propagator.from_pretrained(arguments.sam2))
-    save_package(model, model.processor.tokenizer, arguments.out)
+    words = load(arguments.words)
+    model = join(words, Sam2Propagator.from_pretrained(arguments.sam2))
+    model.generation_config = words.generation_config
+    save_package(model, words.processor.tokenizer, arguments.out)
 
 
 if __name__ == "__main__":
