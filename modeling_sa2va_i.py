@@ -109,9 +109,12 @@ class CallOptions:
     max_new_tokens: int | None = None
     drafts_only: bool = False
     return_rle: bool = False
+    max_objects: int | None = None
 
     def __post_init__(self):
         check_decoding_options(self.sample_num_frames, self.sampling, self.decoding, self.max_prompt_frames)
+        if self.max_objects is not None and self.max_objects < 1:
+            raise ValueError(f"`max_objects` must be at least 1 or None for all. Got {self.max_objects}.")
         if self.return_rle:
             coco_masks()
 
@@ -552,6 +555,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         decoding: str | None = None,
         sampling: str | None = None,
         max_new_tokens: int | None = None,
+        max_objects: int | None = None,
         return_rle: bool = False,
     ) -> dict[str, Any]:
         """Answer a prompt about an image, a video or neither, and segment what the answer points at.
@@ -568,6 +572,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             sample_idx: the sampled frames themselves, in the place of `sample_num_frames` and `sampling`.
             return_drafts_only: stop at the initial masks of the sampled frames, without propagation.
             max_new_tokens: limit of the answer's length. A `[SEG]` that is cut off as the last token has no mask.
+            max_objects: how many objects are propagated as one batch; all by default. Memory of the device bounds it.
             return_rle: masks as COCO run-length codes (needs pycocotools): a list of T in the place of an array, some
                 hundred times smaller, for long videos.
         Returns:
@@ -594,6 +599,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             max_new_tokens=max_new_tokens,
             drafts_only=return_drafts_only,
             return_rle=return_rle,
+            max_objects=max_objects,
         )
         processor = self._resolve_processor(processor if processor is not None else tokenizer)
         past_text = past_text or ""
@@ -618,6 +624,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         decoding: str | None = None,
         sampling: str | None = None,
         max_new_tokens: int | None = None,
+        max_objects: int | None = None,
     ) -> VideoSegmentation:
         """Segment a video of any length, frame by frame.
 
@@ -641,6 +648,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             max_prompt_frames=max_prompt_frames,
             sample_idx=sample_idx,
             max_new_tokens=max_new_tokens,
+            max_objects=max_objects,
         )
         processor = self._resolve_processor(processor)
         return self._segment_video(processor, open_video(video), segmentation_request(text), past_text, options)
@@ -667,7 +675,6 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
 
         Args:
             texts: prompts, taken as they are.
-            max_objects: how many objects are propagated as one batch; all by default.
             probabilities: yield float32 probabilities in 0..1 in the place of bool masks.
             others: as in `predict_forward`.
         """
@@ -677,6 +684,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             decoding=decoding,
             max_prompt_frames=max_prompt_frames,
             max_new_tokens=max_new_tokens,
+            max_objects=max_objects,
         )
         processor = self._resolve_processor(processor)
         sampled = SampledVideo.sample(open_video(video), options)
@@ -686,8 +694,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         seg_embeddings = torch.cat([answer.seg_embeddings for answer in answers])
         masks: Iterator[tuple[int, np.ndarray]] = iter(())
         if len(seg_embeddings):
-            groups = seg_embeddings.split(max_objects or len(seg_embeddings))
-            masks = to_arrays(self._video_masks(processor, sampled, groups, options, probabilities))
+            masks = to_arrays(self._video_masks(processor, sampled, seg_embeddings, options, probabilities))
         return VideoSegmentations(answers, sampled, masks)
 
     # One function per mode
@@ -706,7 +713,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         if options.drafts_only:
             masks = drafts()
         elif len(answer.seg_embeddings):
-            masks = to_arrays(self._video_masks(processor, sampled, [answer.seg_embeddings], options))
+            masks = to_arrays(self._video_masks(processor, sampled, answer.seg_embeddings, options))
         else:
             masks = iter(())
         return VideoSegmentation(answer, sampled, masks, drafts)
@@ -856,18 +863,16 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
         self,
         processor: Sa2VAiProcessor,
         sampled: SampledVideo,
-        seg_groups: Sequence[Tensor],
+        seg_embeddings: Tensor,
         options: CallOptions,
         probabilities: bool = False,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Every frame is encoded once: the sampled ones here, the others as they are tracked.
-
-        The objects of each of `seg_groups`, (K, C) embeddings, are one batch; the masks are of all in order.
-        """
+        """Every frame is encoded once: the sampled ones here, the others as they are tracked."""
         consistent = options.decoding == "consistent"
         decoder = self.propagator.mask_decoder if consistent else self.grounding_encoder
         video, original_size = sampled.video, sampled.video.original_size
-        trackers = [ObjectTracker(self.propagator, decoder, gate_masks=consistent) for _ in seg_groups]
+        groups = seg_embeddings.split(options.max_objects or len(seg_embeddings))  # each propagates as one batch
+        trackers = [ObjectTracker(self.propagator, decoder, gate_masks=consistent) for _ in groups]
         prompt_idx = set(sampled.indices[: options.max_prompt_frames])
         sampled_only = {}
         for frame_idx, pyramid in self._pyramids(processor, video, sampled):
@@ -875,8 +880,8 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             if frame_idx not in prompt_idx:
                 sampled_only[frame_idx] = features
                 continue
-            for tracker, seg_embeddings in zip(trackers, seg_groups, strict=True):
-                decoded = self._decode_initial(pyramid, seg_embeddings)
+            for tracker, group in zip(trackers, groups, strict=True):
+                decoded = self._decode_initial(pyramid, group)
                 if consistent:
                     tracker.add_mask_prompt(frame_idx, features, initial_masks(decoded, original_size))
                 else:

@@ -476,8 +476,10 @@ def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, 
         # the weights of a token sum to 1: projecting after them is the same, and a fourth of the arithmetic before
         recalled = attention.v_proj(_blockwise_attention(query * attention.scaling, keys, memory))
     else:
-        values = attention.v_proj(memory)
-        recalled = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)
+        one_head = (
+            states[:, None] for states in (query, keys, attention.v_proj(memory))
+        )  # kernels want four dimensions
+        recalled = F.scaled_dot_product_attention(*one_head, scale=attention.scaling)[:, 0]
     states = states + layer.dropout2(attention.o_proj(recalled))
     hidden = layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(states))))
     return states + layer.dropout3(layer.linear2(hidden))
@@ -498,22 +500,26 @@ def _blockwise_attention(query: Tensor, keys: Tensor, values: Tensor, block: tup
         query: (K, L, C), scaled.
         keys, values: (K, S, C) and (K, S, D).
     """
-    results = query.new_empty(*query.shape[:2], values.shape[2])
-    for of_object, result in zip(zip(query, keys, values, strict=True), results, strict=True):
-        rows, all_keys, all_values = of_object
-        for some, out in zip(rows.split(block[0]), result.split(block[0]), strict=True):
-            largest = torch.full((len(some), 1), -torch.inf)
-            total, summed = torch.zeros(len(some), 1), torch.zeros_like(out)
-            for some_keys, some_values in zip(all_keys.split(block[1]), all_values.split(block[1]), strict=True):
-                weights = some @ some_keys.T
-                new_largest = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
-                weights.sub_(new_largest).exp_()
-                rescale = (largest - new_largest).exp_()
-                total = total * rescale + weights.sum(dim=1, keepdim=True)
-                summed = torch.addmm(summed * rescale, weights, some_values)
-                largest = new_largest
-            torch.div(summed, total, out=out)
-    return results
+    results = []
+    for rows, all_keys, all_values in zip(query, keys, values, strict=True):
+        blocks = list(zip(all_keys.split(block[1]), all_values.split(block[1]), strict=True))
+        results.append(torch.cat([_attend_rows(some, blocks) for some in rows.split(block[0])]))
+    return torch.stack(results)
+
+
+def _attend_rows(query: Tensor, blocks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention of (L, C) to blocks of keys (S, C) and values (S, D), whose weights' sum runs along; (L, D)."""
+    largest = query.new_full((len(query), 1), -torch.inf)
+    total, summed = torch.zeros_like(largest), query.new_zeros(len(query), blocks[0][1].shape[1])
+    for keys, values in blocks:
+        weights = query @ keys.T
+        new_largest = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
+        weights.sub_(new_largest).exp_()
+        rescale = (largest - new_largest).exp_()
+        total = total * rescale + weights.sum(dim=1, keepdim=True)
+        summed = torch.addmm(summed * rescale, weights, values)
+        largest = new_largest
+    return summed / total
 
 
 def _rotate(states: Tensor, rope: Rope) -> Tensor:

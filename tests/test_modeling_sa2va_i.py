@@ -359,6 +359,7 @@ class TestBadInput:
             ({"video": [Image.new("RGB", (4, 4))], "text": "a", "sample_idx": [1]}, r"sample_idx.*\[1\]"),
             ({"video": [Image.new("RGB", (4, 4))], "text": "a", "sample_num_frames": 0}, "sample_num_frames.*0"),
             ({"video": [Image.new("RGB", (4, 4))], "text": "a", "max_prompt_frames": 0}, "max_prompt_frames.*0"),
+            ({"video": [Image.new("RGB", (4, 4))], "text": "a", "max_objects": 0}, "max_objects.*0"),
             ({"video": [Image.new("RGB", (4, 4))], "text": "a", "decoding": "x"}, "decoding.*'x'"),
             ({"video": [Image.new("RGB", (4, 4))], "text": "a", "sampling": "x"}, "sampling.*'x'"),
             ({"video": [Image.new("RGB", (4, 4))], "text": "a", "mask_prompts": np.ones((1, 4, 4))}, "mask_prompts"),
@@ -623,6 +624,18 @@ class TestSegmentEach:
             assert (ours != expected).mean() < 1e-3 if ours.size else True
         assert masks[2].shape == (0, 12, 60, 80)
         assert (masks[0][0] != masks[1][0]).mean() > 1e-3  # twin: another prompt's object
+
+    @pytest.mark.parametrize(("max_objects", "sizes"), [(None, {2}), (1, {1})])
+    def test_size_of_a_batch(self, small_model, frames, answering, monkeypatch, max_objects, sizes):
+        seen, decode_tracked = set(), small_model.propagator.decode_tracked
+        monkeypatch.setattr(
+            small_model.propagator, "decode_tracked", lambda d, f, e: (seen.add(len(e)), decode_tracked(d, f, e))[1]
+        )
+        with answering(small_model, TWO):
+            small_model.predict_forward(video=frames, text=TEXT, max_objects=max_objects)
+        with answering(small_model, TWO):
+            list(small_model.segment(frames, TEXT, max_objects=max_objects))
+        assert seen == sizes
 
     def test_everything_is_seen_once(self, small_model, frames, answering, encoded_frames, seen_frames):
         self.segment_each(small_model, frames, answering, max_objects=2)
