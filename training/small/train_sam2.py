@@ -8,8 +8,8 @@ Pairs of frames, then clips of six, at the end with the pixels' losses beside, a
 frozen: one to three frames of a clip are prompted with the true masks (some roughened), the others tracked by the very
 loop that inference runs; two are also decoded without memory from the shape's name, as embeddings that are thrown away
 afterwards: the decoder learns to be asked. Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the
-object is there; but of all three masks and not of the best, for these shapes are not ambiguous, and the best of three can
-be right without looking at the prompt. A killed run goes on from its last checkpoint.
+object is there; but of all three masks and not of the best, for these shapes are not ambiguous, and the best of three
+can be right without looking at the prompt. A killed run goes on from its last checkpoint.
 """
 
 import argparse
