@@ -19,6 +19,7 @@ def join(words: Sa2VAiModel, sam2: Sam2Propagator) -> Sa2VAiModel:
     """`words` with `sam2` in the place of its own, and a copy of its decoder to be fine-tuned, as in Sa2VA."""
     config = copy.deepcopy(words.config)
     config.sam2_config = sam2.config
+    config.sam2_config.name_or_path = ""  # a folder of the training's
     model = Sa2VAiModel(config).eval()
     for name, part in words.named_children():
         if name not in ("propagator", "grounding_encoder"):
