@@ -24,7 +24,7 @@ ABSENT_LOGIT = -1024.0  # the logit of every pixel of an object that SAM 2 score
 # A mask given by the caller becomes these logits; SAM 2 treats it like a prediction of its own that is certain.
 MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines (1, h * w, C)
+Rope = tuple[Tensor, Tensor]  # cosines and sines ([1,] h * w, C)
 
 
 class FrameFeatures(NamedTuple):
@@ -299,6 +299,8 @@ class Sam2Propagator(Sam2VideoModel):
 
     def _rope(self) -> Rope:
         memory_attention = self.memory_attention
+        if not hasattr(memory_attention, "position_ids"):  # older transformers keep the result
+            return memory_attention.rotary_emb()
         return memory_attention.rotary_emb(self.memory_temporal_positional_encoding, memory_attention.position_ids)
 
     def _memory_tokens(self, memories: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -455,7 +457,7 @@ def track_frames(
 def _frame_keys(layer: Sam2VideoMemoryAttentionLayer, tokens: Tensor, rope: Rope) -> Tensor:
     """Keys (K, S, C) of the tokens (K, S, 64), with their position, of S / (h * w) frames."""
     keys = layer.cross_attn_image.k_proj(tokens)
-    return _rotate(keys.unflatten(1, (-1, rope[0].shape[1])), rope).flatten(1, 2)
+    return _rotate(keys.unflatten(1, (-1, rope[0].shape[-2])), rope).flatten(1, 2)
 
 
 def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, memory: Tensor, rope: Rope) -> Tensor:
