@@ -185,8 +185,8 @@ class Sam2Propagator(Sam2VideoModel):
     def prompt_keys(self, features: Tensor) -> list[Tensor]:
         """Keys (K, h * w, C) of a prompt frame in each layer of memory attention; `features` of `encode_memory`."""
         tokens, position = self._memory_tokens([(self.config.num_maskmem - 1, features)])
-        rope = self._rope()
-        return [_frame_keys(layer, tokens + position, rope) for layer in self.memory_attention.layers]
+        placed_tokens, rope = tokens + position, self._rope()
+        return [_frame_keys(layer, placed_tokens, rope) for layer in self.memory_attention.layers]
 
     def recall(
         self,
@@ -214,6 +214,7 @@ class Sam2Propagator(Sam2VideoModel):
         if tracked:
             tokens, position = self._memory_tokens(tracked)
             memory.append(tokens)
+            placed_tokens = tokens + position
         if pointers:
             # a pointer is wider than the memory: it becomes C / 64 tokens
             pointer_tokens = torch.stack(list(pointers), dim=1).flatten(1).unflatten(1, (-1, self.mem_dim))
@@ -222,7 +223,7 @@ class Sam2Propagator(Sam2VideoModel):
         for number, layer in enumerate(self.memory_attention.layers):
             keys = [prompt.keys[number] for prompt in prompts]
             if tracked:
-                keys.append(_frame_keys(layer, tokens + position, rope))
+                keys.append(_frame_keys(layer, placed_tokens, rope))
             if pointers:
                 keys.append(layer.cross_attn_image.k_proj(pointer_tokens))
             states = self._attend(layer, states, torch.cat(keys, dim=1), memory, rope)
@@ -478,10 +479,9 @@ def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, 
         # the weights of a token sum to 1: projecting after them is the same, and a fourth of the arithmetic before
         recalled = attention.v_proj(_blockwise_attention(query * attention.scaling, keys, memory))
     else:
-        one_head = (
-            states[:, None] for states in (query, keys, attention.v_proj(memory))
-        )  # kernels want four dimensions
-        recalled = F.scaled_dot_product_attention(*one_head, scale=attention.scaling)[:, 0]
+        # one head: the kernels want four dimensions
+        query, keys, values = query[:, None], keys[:, None], attention.v_proj(memory)[:, None]
+        recalled = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)[:, 0]
     states = states + layer.dropout2(attention.o_proj(recalled))
     hidden = layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(states))))
     return states + layer.dropout3(layer.linear2(hidden))

@@ -38,7 +38,7 @@ from measure import count_flops, environment, interleaved, matrix_rate, peak_mb,
 from sa2va_i.checkpoint_layout import SAM2_HIERA_LARGE
 from sa2va_i.processing_sa2va_i import uniform_frame_indices
 from sa2va_i.sam2_propagator import FrameFeatures, ObjectTracker, Sam2Propagator, resize, track_frames
-from small_model import randomize
+from small_model import at_side, randomize
 
 SIZE = (480, 854)  # of the video and of its masks: (height, width)
 
@@ -131,10 +131,7 @@ def transformers_session(model: Sam2VideoModel, frames: Frames, prompts: Prompts
             session.add_mask_inputs(number, frame_idx, resized[[number]])
         session.obj_with_new_inputs = numbers
         model(inference_session=session, frame_idx=frame_idx)
-    results = []
-    for output in model.propagate_in_video_iterator(session, start_frame_idx=0):
-        results.append(masks_of(output.pred_masks))
-    return results
+    return [masks_of(output.pred_masks) for output in model.propagate_in_video_iterator(session, start_frame_idx=0)]
 
 
 def sam2_predictor(predictor, dtype: torch.dtype, frames: Frames, prompts: Prompts) -> list[Tensor]:
@@ -146,12 +143,7 @@ def sam2_predictor(predictor, dtype: torch.dtype, frames: Frames, prompts: Promp
 
 
 def hiera_large(side: int) -> Sam2VideoConfig:
-    config = Sam2VideoConfig(**SAM2_HIERA_LARGE)
-    config.image_size = config.prompt_encoder_config.image_size = side
-    config.vision_config.backbone_config.image_size = [side, side]
-    config.vision_config.backbone_feature_sizes = [[side // stride] * 2 for stride in (4, 8, 16)]
-    config.memory_attention_rope_feat_sizes = [side // 16] * 2
-    return config
+    return at_side(Sam2VideoConfig(**SAM2_HIERA_LARGE), side)
 
 
 def build(
@@ -202,24 +194,20 @@ def run_setting(
 ) -> list[dict[str, Any]]:
     device = frames[0].device
     runs = {name: partial(run, frames, prompts) for name, run in contenders.items()}
-    rows = {}
+    rows, masks = {}, {}
     for name, run in runs.items():  # warm-up, with the counts
         counter.frames = 0
         reset_peak(device)
-        (masks, flops), seconds = timed(lambda run=run: count_flops(run), device)
+        (masks[name], flops), seconds = timed(lambda run=run: count_flops(run), device)
         rows[name] = {"contender": name, "encoded": counter.frames, "gflops": round(flops / 1e9)}
-        rows[name] |= {"seconds": round(seconds, 3), "peak_mb": round(peak_mb(device)), "masks": masks}
+        rows[name] |= {"seconds": round(seconds, 3), "peak_mb": round(peak_mb(device))}
     if repeats:
         for name, seconds in interleaved(runs, repeats, device).items():
             rows[name]["seconds"] = round(seconds, 3)
-    reference = rows["ours"]
-    for row in rows.values():
-        row["ratio"] = round(row["seconds"] / reference["seconds"], 2)
+    for name, row in rows.items():
+        row["ratio"] = round(row["seconds"] / rows["ours"]["seconds"], 2)
         row["share_of_matrix_rate"] = round(row["gflops"] * 1e9 / row["seconds"] / rate, 2)
-    for row in rows.values():
-        row["iou_to_ours"] = round(iou(row["masks"], reference["masks"]), 5)
-    for row in rows.values():
-        del row["masks"]
+        row["iou_to_ours"] = round(iou(masks[name], masks["ours"]), 5)
     return list(rows.values())
 
 

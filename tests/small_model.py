@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Sam2VideoConfig
 
 from sa2va_i import Sa2VAiConfig, Sa2VAiModel
 
@@ -39,6 +39,15 @@ def config_for(tokenizer: PreTrainedTokenizerBase) -> Sa2VAiConfig:
         seg_token_id=tokenizer.convert_tokens_to_ids("[SEG]"),
         img_context_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
     )
+
+
+def at_side(config: Sam2VideoConfig, side: int) -> Sam2VideoConfig:
+    """`config`, set to take frames of `side` x `side` pixels."""
+    config.image_size = config.prompt_encoder_config.image_size = side
+    config.vision_config.backbone_config.image_size = [side, side]
+    config.vision_config.backbone_feature_sizes = [[side // stride] * 2 for stride in (4, 8, 16)]
+    config.memory_attention_rope_feat_sizes = [side // 16] * 2
+    return config
 
 
 def build() -> Sa2VAiModel:

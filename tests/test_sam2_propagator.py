@@ -185,6 +185,7 @@ class TestMemoryBank:
         for frame_idx in range(4, 9):
             bank.add_prompt_frame(frame_idx, prompt_of(frame_idx))
         assert [(index, int(features)) for index, features in bank.tracked_for(9)] == [(5, 3)]
+        assert frames_of_prompts(bank) == [4, 5, 6, 7, 8]
 
     def test_pointers_of_prompt_frames_to_come_are_not_read(self):
         bank = MemoryBank(7, 16)

@@ -11,6 +11,7 @@ from transformers import Sam2VideoConfig
 
 from sa2va_i import Sam2Propagator
 from sa2va_i.sam2_propagator import resize
+from small_model import at_side
 
 pytest.importorskip("sam2", reason="the extra `peers` is not installed")
 import sam2_peer
@@ -45,12 +46,7 @@ def predictor(sam2_weights):
 
 @pytest.fixture(scope="module")
 def propagator(sam2_weights, sam2_config) -> Sam2Propagator:
-    config = Sam2VideoConfig(**sam2_config)
-    config.image_size = config.prompt_encoder_config.image_size = SIDE
-    config.vision_config.backbone_config.image_size = [SIDE, SIDE]
-    config.vision_config.backbone_feature_sizes = [[SIDE // 4] * 2, [SIDE // 8] * 2, [SIDE // 16] * 2]
-    config.memory_attention_rope_feat_sizes = [SIDE // 16] * 2
-    propagator = Sam2Propagator(config).eval()
+    propagator = Sam2Propagator(at_side(Sam2VideoConfig(**sam2_config), SIDE)).eval()
     propagator.load_state_dict(sam2_peer.native_weights(sam2_weights, propagator))
     return propagator
 
