@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Sam2VideoConfig, Sam2VideoModel
+from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, do_pool
 from transformers.models.sam2_video.modeling_sam2_video import (
     Sam2VideoMemoryAttentionLayer,
     apply_rotary_pos_emb_2d,
@@ -80,6 +81,30 @@ class FrameMemory(NamedTuple):
     pointers: Tensor
 
 
+class HieraAttention(nn.Module):
+    """Attention within the windows of a block of the image encoder, with the layers of transformers' own module.
+
+    That one also computes attention weights, between heads, that nothing reads: a fortieth of the encoder's time.
+    """
+
+    def __init__(self, attention: Sam2MultiScaleAttention):
+        super().__init__()
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.num_attention_heads, self.query_stride = attention.num_attention_heads, attention.query_stride
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        """(B, height, width, C) of B windows; height and width are divided by the query stride, if there is one."""
+        size = hidden_states.shape[1:3]
+        query, key, value = self.qkv(hidden_states).flatten(1, 2).chunk(3, dim=-1)
+        if self.query_stride:
+            query = do_pool(query.unflatten(1, size), self.query_stride)
+            size = query.shape[1:3]
+            query = query.flatten(1, 2)
+        heads = (one.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2) for one in (query, key, value))
+        attended = F.scaled_dot_product_attention(*heads)
+        return self.proj(attended.transpose(1, 2).flatten(2).unflatten(1, size))
+
+
 class Sam2Propagator(Sam2VideoModel):
     """The complete original SAM 2: image encoder, prompt encoder, mask decoder, memory encoder, memory attention."""
 
@@ -92,6 +117,8 @@ class Sam2Propagator(Sam2VideoModel):
                 f"SAM 2's memory attention has one head. Got memory_attention_num_attention_heads={heads}."
             )
         super().__init__(config)
+        for block in self.vision_encoder.backbone.blocks:
+            block.attn = HieraAttention(block.attn)
         self._attend = _attend
 
     @property

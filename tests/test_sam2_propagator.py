@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from transformers import Sam2VideoModel
 
 from sa2va_i.sam2_propagator import (
     FrameFeatures,
@@ -55,6 +56,17 @@ def test_masks_follow_the_video(propagator, video):
     masks = logits > 0
     assert masks.any((1, 2, 3)).sum() > 2
     assert all(not torch.equal(masks[t], masks[t + 1]) for t in range(5))
+
+
+@torch.no_grad()
+def test_image_encoder_is_that_of_transformers(propagator, video):
+    native = Sam2VideoModel(propagator.config).eval()
+    native.load_state_dict(propagator.state_dict())
+    ours, other = propagator.encode_images(video[0][None]), propagator.encode_images(video[1][None])
+    expected = native.vision_encoder(video[0][None], return_dict=True).fpn_hidden_states
+    for ours_of_level, other_of_level, expected_of_level in zip(ours, other, expected, strict=True):
+        torch.testing.assert_close(ours_of_level, expected_of_level, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(other_of_level, expected_of_level, atol=1e-3)
 
 
 def test_every_frame_comes_out_once_and_in_order(propagator, video):

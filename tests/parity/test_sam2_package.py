@@ -86,7 +86,9 @@ def test_same_masks(propagator, video, expected):
     print(f"largest gap of a logit on each frame: {[f'{value:.1e}' for value in gap.tolist()]}")
     assert gap.max() <= 1e-2  # roundings of the bfloat16 memories add up over frames of noise
     # so masks can differ only where a logit is as near to 0 as that
-    assert ((ours > 0) != (expected > 0)).float().mean() < 1e-5
+    differing = (ours > 0) != (expected > 0)
+    assert not (differing & (expected.abs() > gap.max())).any()
+    assert differing.float().mean() < 1e-4
 
 
 def test_the_masks_are_worth_comparing(expected):
