@@ -15,7 +15,7 @@ from sa2va_i.training.small import build, evaluate_sam2, join, pack, train_place
 from sa2va_i.training.small.loop import Phase, run
 from sa2va_i.training.small.pixels import PixelHeads, labelled_frames, pixel_losses
 from sa2va_i.training.small.train_places import IGNORED, MOTIONS, PRESENCE, QUESTIONS, PlaceHeads, place_labels
-from sa2va_i.training.small.train_sam2 import build_sam2, frame_losses, sample_frames
+from sa2va_i.training.small.train_sam2 import apart_loss, build_sam2, frame_losses, sample_frames, scene_with_twins
 from sa2va_i.training.small.train_words import asked_for, conversation, tokens_of, word_losses
 from sa2va_i.training.synthetic import Scene
 
@@ -33,7 +33,7 @@ def call(monkeypatch):
 
 def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     threads = ("--threads", torch.get_num_threads())
-    phases = ("pixels", "pairs", "clips", "all", "memory")
+    phases = ("pixels", "pairs", "clips", "names", "all", "memory")
     one_step_each = [argument for phase in phases for argument in (f"--{phase}", 1)]
     call(train_sam2, tmp_path / "sam2", *one_step_each, *threads)
     call(train_vision, tmp_path / "vision", "--steps", 1, *threads)
@@ -157,6 +157,29 @@ def test_a_right_mask_costs_less_than_a_wrong_one():
     seen_where_it_is_not = right._replace(candidates=logits[[0, 0]].expand(-1, 3, -1, -1))
     assert frame_losses(seen_where_it_is_not, targets)["focal"] == cheap["focal"]
     assert frame_losses(seen_where_it_is_not, targets, learns_absence=True)["focal"] > 1
+
+
+def test_telling_shapes_apart():
+    """A mask of both shapes of a colour is dear, and dearer than one of shapes of two colours."""
+    targets = torch.zeros(3, 8, 8)
+    targets[0, :4], targets[1, 4:] = 1, 1  # the third is not there
+    alike = [("circle", "red", "small"), ("square", "red", "small"), ("star", "blue", "small")]
+    own = (20 * targets - 10)[:, None]
+    assert apart_loss(own, targets, alike) < 1e-3
+    both = torch.full_like(own, 10)
+    both[2] = -10
+    unlike = [alike[0], ("square", "blue", "small"), ("star", "green", "small")]
+    mixed = torch.stack([both[0], own[1], own[2]])
+    assert apart_loss(both, targets, alike) > 3
+    assert apart_loss(mixed, targets, alike) > apart_loss(mixed, targets, unlike) > 1
+
+
+def test_scenes_for_names_share_colors_where_they_can():
+    def num_shared(scene: Scene) -> int:
+        return len(scene.shapes) - len({shape.color for shape in scene.shapes})
+
+    assert any(num_shared(Scene(seed)) == 0 for seed in range(0, 80, 4))
+    assert all(num_shared(scene_with_twins(range(seed, seed + 4))) for seed in range(0, 80, 4))
 
 
 @pytest.fixture(scope="module")

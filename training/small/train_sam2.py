@@ -4,12 +4,15 @@
 
 Phase by phase. Pixels: the image encoder alone learns kind, colour and size of the shape at each place of its three
 feature maps, by heads that are thrown away (Meta's encoder was pretrained too; from masks alone it learns slowly).
-Pairs of frames, then clips of six, at the end with the pixels' losses beside, and clips of ten with the image encoder
-frozen: one to three frames of a clip are prompted with the true masks (some roughened), the others tracked by the very
-loop that inference runs; two are also decoded without memory from the shape's name, as embeddings that are thrown away
-afterwards: the decoder learns to be asked. Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the
-object is there; but of all three masks and not of the best, for these shapes are not ambiguous, and the best of three
-can be right without looking at the prompt. A killed run goes on from its last checkpoint.
+Pairs of frames, then clips of six: one to three frames of a clip are prompted with the true masks (some roughened), the
+others tracked by the very loop that inference runs; two are also decoded without memory from the shape's name, as
+embeddings that are thrown away afterwards: the decoder learns to be asked. Names: frames alone, of scenes whose shapes
+share colours. At the end clips again, with the pixels' losses beside, and clips of ten with the image encoder frozen.
+
+Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the object is there; but of all three masks and
+not of the best, for these shapes are not ambiguous, and the best of three can be right without looking at the prompt. A
+name is also to give nothing where its shape is not, and to tell it from the others. A killed run goes on from its last
+checkpoint.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from transformers import Sam2VideoConfig
 from ...mask_losses_sa2va_i import dice_losses
 from ...processing_sa2va_i import SAM2_MEAN, SAM2_STD, to_pixel_values
 from ...sam2_propagator import DecodedMasks, FrameFeatures, ObjectTracker, Sam2Propagator, resize
-from ..synthetic import Scene, Shape
+from ..synthetic import Scene
 from .loop import Phase, run
 from .pixels import VOCABULARIES, PixelHeads, classes_of, pixel_losses, pixel_phase
 
@@ -35,8 +38,11 @@ LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edg
 PAIRS, CLIP, LONG_CLIP = 2, 6, 10  # frames of a clip, from phase to phase
 SCENES_OF_PAIRS = 2  # in a step
 NAMED_FRAMES = 2  # of a clip, decoded from names
+FRAMES_OF_NAMES, TRIES = 6, 4  # of a step, each of another scene; and scenes to find one in whose shapes share a color
 SCORES = ("chosen_iou", "right")  # logged, not learnt
 NAMES = sum(VOCABULARIES, ())
+
+Identity = tuple[str, str, str]  # kind, color, size
 
 
 def build_sam2(seed: int = 0) -> Sam2Propagator:
@@ -60,15 +66,15 @@ def build_sam2(seed: int = 0) -> Sam2Propagator:
 
 
 class NamePrompts(nn.Module):
-    """(K, C) prompts that stand for the names of K shapes."""
+    """(K, C) prompts that stand for K shapes by their names."""
 
     def __init__(self, width: int):
         super().__init__()
         self.words = nn.Embedding(len(NAMES), width)
         self.mix = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
 
-    def forward(self, shapes: list[Shape]) -> Tensor:
-        ids = torch.tensor([[NAMES.index(word) for word in shape.identity] for shape in shapes])
+    def forward(self, identities: list[Identity]) -> Tensor:
+        ids = torch.tensor([[NAMES.index(word) for word in identity] for identity in identities])
         return self.mix(self.words(ids.to(self.words.weight.device)).sum(dim=1))
 
 
@@ -113,18 +119,94 @@ def scene_losses(
     with torch.set_grad_enabled(trains_encoder):
         pyramid = sam2.encode_images(pixel_values)
     features = [sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid]) for idx in range(num_frames)]
-    prompts_by_name, losses = names(scene.shapes), []
-    for idx in random.choice(num_frames, NAMED_FRAMES, replace=False):
-        decoded = sam2.decode_seg(sam2.mask_decoder, features[idx], prompts_by_name)
-        losses.append(frame_losses(decoded, targets[:, idx], learns_absence=True))
+    losses = [
+        naming_losses(sam2, names, random, scene, features[idx], targets[:, idx])
+        for idx in random.choice(num_frames, NAMED_FRAMES, replace=False)
+    ]
     shown = masks[:, prompts].flatten(1).any(dim=1)  # a prompt that shows nothing can be followed nowhere
     if shown.any():
         losses += tracking_losses(sam2, random, features, masks[shown], targets[shown], prompts)
-    means = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
     if heads is None:
-        return means
+        return means_of(losses)
     labels = np.stack([classes_of(scene, of_frame) for of_frame in shape_masks.swapaxes(0, 1)])
-    return {**means, **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
+    return {**means_of(losses), **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
+
+
+def names_losses(sam2: Sam2Propagator, names: NamePrompts, heads: PixelHeads, seeds: range) -> dict[str, Tensor]:
+    """Of one frame of each of some scenes, `TRIES` seeds for each, decoded from names; with those of the pixels."""
+    drawn = []
+    for first in seeds[::TRIES]:
+        random, scene = np.random.default_rng((first, 3)), scene_with_twins(range(first, first + TRIES))
+        drawn.append((random, scene, *scene.render(int(random.integers(scene.num_frames)))))
+    images = [Image.fromarray(frame) for _, _, frame, _ in drawn]
+    pyramid = sam2.encode_images(to_pixel_values(images, sam2.image_side, SAM2_MEAN, SAM2_STD))
+    losses = []
+    for idx, (random, scene, _, masks) in enumerate(drawn):
+        features = sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid])
+        targets = F.interpolate(torch.from_numpy(masks)[None].float(), (LOSS_SIDE, LOSS_SIDE), mode="area")[0]
+        losses.append(naming_losses(sam2, names, random, scene, features, targets.to(sam2.device)))
+    labels = np.stack([classes_of(scene, masks) for _, scene, _, masks in drawn])
+    return {**means_of(losses), **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
+
+
+def scene_with_twins(seeds: range) -> Scene:
+    """The first of the scenes in which two shapes are of one colour, else the last."""
+    for seed in seeds:
+        scene = Scene(seed)
+        if len({shape.color for shape in scene.shapes}) < len(scene.shapes):
+            break
+    return scene
+
+
+def means_of(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each loss over the frames that have it."""
+    names = dict.fromkeys(name for one in losses for name in one)
+    return {name: torch.stack([one[name] for one in losses if name in one]).mean() for name in names}
+
+
+def naming_losses(
+    sam2: Sam2Propagator,
+    names: NamePrompts,
+    random: np.random.Generator,
+    scene: Scene,
+    features: FrameFeatures,
+    targets: Tensor,
+) -> dict[str, Tensor]:
+    """Of one frame, decoded without memory from the names of its shapes, and of one that is not in the scene."""
+    identities = [shape.identity for shape in scene.shapes]
+    stranger = identities[0]
+    while stranger in identities:
+        stranger = tuple(str(random.choice(words)) for words in VOCABULARIES)
+    identities.append(stranger)
+    targets = torch.cat([targets, torch.zeros_like(targets[:1])])
+    decoded = sam2.decode_seg(sam2.mask_decoder, features, names(identities))
+    logits = candidates_at(decoded, targets.shape[-1])
+    is_absent = ~present(targets)
+    return {
+        **frame_losses(decoded, targets, learns_absence=True),
+        "absent": 0.3 * dice_losses(logits[is_absent].flatten(2), logits.new_zeros(1)).mean(),
+        "apart": apart_loss(logits, targets, identities),
+    }
+
+
+def apart_loss(logits: Tensor, targets: Tensor, identities: list[Identity]) -> Tensor:
+    """Cross-entropy of masks' mean logits over each shape: above 0 over their own, below over the others.
+
+    Others of the same colour count twice. Without it, kinds and sizes are not looked at: a mask of two shapes that share
+    one costs dice no more than a third.
+
+    Args:
+        logits: (K, M, side, side), of M masks for each of K names.
+        targets: (K, side, side).
+    """
+    is_there = targets.flatten(1).sum(dim=1) > 20
+    shapes = targets[is_there] / targets[is_there].sum(dim=(1, 2), keepdim=True)
+    over_shapes = torch.einsum("kmhw,shw->kms", logits, shapes)
+    is_own = torch.eye(len(targets), device=targets.device)[:, None, is_there].expand_as(over_shapes)
+    of_one_color = torch.tensor([[one[1] == other[1] for other in identities] for one in identities])
+    weight = (1.0 + of_one_color.to(targets.device)[:, None, is_there]) * (1 - is_own)
+    loss = F.binary_cross_entropy_with_logits(over_shapes, is_own, reduction="none")
+    return (loss * is_own).sum() / is_own.sum().clamp(min=1) + (loss * weight).sum() / weight.sum().clamp(min=1)
 
 
 def tracking_losses(
@@ -156,10 +238,9 @@ def frame_losses(decoded: DecodedMasks, targets: Tensor, learns_absence: bool = 
 
     Masks of objects that are not there are not learnt, as in SAM 2, unless `learns_absence`: then they are to be empty.
     """
-    num_objects = len(targets)
-    logits = resize(decoded.candidates.flatten(0, 1)[:, None], targets.shape[-1])[:, 0].unflatten(0, (num_objects, -1))
+    is_present = present(targets)
+    logits = candidates_at(decoded, targets.shape[-1])
     targets = targets[:, None].expand_as(logits)
-    is_present = targets[:, 0].flatten(1).amax(dim=1) > 0.5
     probabilities = logits.sigmoid()
     cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     focal = (cross_entropy * (probabilities - targets).square()).mean(dim=(2, 3))
@@ -177,12 +258,23 @@ def frame_losses(decoded: DecodedMasks, targets: Tensor, learns_absence: bool = 
     }
 
 
+def candidates_at(decoded: DecodedMasks, side: int) -> Tensor:
+    """(K, M, side, side) logits of all masks."""
+    return resize(decoded.candidates.flatten(0, 1)[:, None], side)[:, 0].unflatten(0, (len(decoded.candidates), -1))
+
+
+def present(targets: Tensor) -> Tensor:
+    """(K,) bool: of which objects there is at least half a pixel in (K, side, side)."""
+    return targets.flatten(1).amax(dim=1) > 0.5
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--pixels", type=int, default=6500, help="steps of the image encoder alone")
     parser.add_argument("--pairs", type=int, default=3000, help="steps on pairs of frames")
     parser.add_argument("--clips", type=int, default=3000, help="steps on clips of six frames")
+    parser.add_argument("--names", type=int, default=3000, help="steps on frames, from names alone")
     parser.add_argument("--all", type=int, default=1300, help="steps on clips of six, the pixels' losses beside")
     parser.add_argument("--memory", type=int, default=450, help="steps on clips of ten, the image encoder frozen")
     parser.add_argument("--threads", type=int, default=1)
@@ -195,6 +287,11 @@ def main() -> None:
     def encode(images: list[Image.Image]) -> tuple[Tensor, ...]:
         return sam2.encode_images(to_pixel_values(images, sam2.image_side, SAM2_MEAN, SAM2_STD))
 
+    def names_only(seed: int) -> dict[str, Tensor]:
+        losses = names_losses(sam2, names, heads, range(seed, seed + FRAMES_OF_NAMES * TRIES))
+        sum(loss for name, loss in losses.items() if name not in SCORES).backward()
+        return losses
+
     def scenes(seed: int, num_scenes: int, num_frames: int, **options) -> dict[str, Tensor]:
         for one in range(seed, seed + num_scenes):
             losses = scene_losses(sam2, names, one, num_frames, **options)
@@ -205,6 +302,7 @@ def main() -> None:
         pixel_phase(encode, heads, arguments.pixels),
         Phase("pairs", arguments.pairs, 2e-4, lambda seed: scenes(seed, SCENES_OF_PAIRS, PAIRS)),
         Phase("clips", arguments.clips, 2e-4, lambda seed: scenes(seed, 1, CLIP)),
+        Phase("names", arguments.names, 3e-4, names_only, FRAMES_OF_NAMES * TRIES),
         Phase("all", arguments.all, 4e-4, lambda seed: scenes(seed, 1, CLIP, heads=heads)),
         Phase("memory", arguments.memory, 2e-4, lambda seed: scenes(seed, 1, LONG_CLIP, trains_encoder=False)),
     ]
