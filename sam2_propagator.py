@@ -8,14 +8,14 @@ Letters in shapes: K objects, B frames, C channels (256), H x W the size of SAM 
 Logits are at stride 4, (K, 1, 4h, 4w); > 0 is foreground. `frame_idx` is the position in the whole video.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Sam2VideoConfig, Sam2VideoModel
-from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleAttention, do_pool
+from transformers.models.sam2.modeling_sam2 import Sam2FeedForward, Sam2MultiScaleAttention, do_pool
 from transformers.models.sam2_video.modeling_sam2_video import (
     Sam2VideoMemoryAttentionLayer,
     apply_rotary_pos_emb_2d,
@@ -24,6 +24,7 @@ from transformers.models.sam2_video.modeling_sam2_video import (
 ABSENT_LOGIT = -1024.0  # the logit of every pixel of an object that SAM 2 scores as absent
 # A mask given by the caller becomes these logits; SAM 2 treats it like a prediction of its own that is certain.
 MASK_PROMPT_SCALE, MASK_PROMPT_BIAS = 20.0, -10.0
+TOKENS_OF_PART = 1024  # that a layer works on at a time on a CPU
 
 Rope = tuple[Tensor, Tensor]  # cosines and sines ([1,] h * w, C)
 
@@ -84,7 +85,7 @@ class FrameMemory(NamedTuple):
 class HieraAttention(nn.Module):
     """Attention within the windows of a block of the image encoder, with the layers of transformers' own module.
 
-    That one also computes attention weights, between heads, that nothing reads: a fortieth of the encoder's time.
+    That one also computes attention weights, between heads, that nothing reads. On a CPU a few windows at a time.
     """
 
     def __init__(self, attention: Sam2MultiScaleAttention):
@@ -94,8 +95,11 @@ class HieraAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """(B, height, width, C) of B windows; height and width are divided by the query stride, if there is one."""
-        size = hidden_states.shape[1:3]
-        query, key, value = self.qkv(hidden_states).flatten(1, 2).chunk(3, dim=-1)
+        return _in_parts(self._attend, hidden_states, TOKENS_OF_PART // hidden_states[0, ..., 0].numel())
+
+    def _attend(self, windows: Tensor) -> Tensor:
+        size = windows.shape[1:3]
+        query, key, value = self.qkv(windows).flatten(1, 2).chunk(3, dim=-1)
         if self.query_stride:
             query = do_pool(query.unflatten(1, size), self.query_stride)
             size = query.shape[1:3]
@@ -103,6 +107,38 @@ class HieraAttention(nn.Module):
         heads = (one.unflatten(2, (self.num_attention_heads, -1)).transpose(1, 2) for one in (query, key, value))
         attended = F.scaled_dot_product_attention(*heads)
         return self.proj(attended.transpose(1, 2).flatten(2).unflatten(1, size))
+
+
+class HieraFeedForward(nn.Module):
+    """The layers of transformers' own module, on a CPU for some tokens at a time."""
+
+    def __init__(self, feed_forward: Sam2FeedForward):
+        super().__init__()
+        self.proj_in, self.proj_out = feed_forward.proj_in, feed_forward.proj_out
+        self.activation = feed_forward.activation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.flatten(0, -2)
+        return _in_parts(self._project, tokens, TOKENS_OF_PART).view_as(hidden_states)
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        return self.proj_out(self.activation(self.proj_in(tokens)))
+
+
+def _in_parts(layer: Callable[[Tensor], Tensor], states: Tensor, length: int) -> Tensor:
+    """layer(states); where it is faster, `length` of the first dimension at a time, and at least one."""
+    if not _is_plain_cpu(states):
+        return layer(states)
+    return torch.cat([layer(part) for part in states.split(max(length, 1))])
+
+
+def _is_plain_cpu(states: Tensor) -> bool:
+    """Whether to work part by part, so that what is made of a part stays in the processor's cache.
+
+    Not with gradients, which keep it all, nor in what is compiled, where loops are rolled out.
+    """
+    is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return states.device.type == "cpu" and states.dtype == torch.float32 and is_plain
 
 
 class Sam2Propagator(Sam2VideoModel):
@@ -118,7 +154,7 @@ class Sam2Propagator(Sam2VideoModel):
             )
         super().__init__(config)
         for block in self.vision_encoder.backbone.blocks:
-            block.attn = HieraAttention(block.attn)
+            block.attn, block.mlp = HieraAttention(block.attn), HieraFeedForward(block.mlp)
         self._attend = _attend
 
     @property
@@ -502,7 +538,7 @@ def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, 
     states = states + layer.dropout1(own[:, 0])
     attention = layer.cross_attn_image
     query = _rotate(attention.q_proj(layer.layer_norm2(states)), rope).expand(len(keys), -1, -1)
-    if _in_blocks(query):
+    if _is_plain_cpu(query):
         # the weights of a token sum to 1: projecting after them is the same, and a fourth of the arithmetic before
         recalled = attention.v_proj(_blockwise_attention(query * attention.scaling, keys, memory))
     else:
@@ -510,14 +546,12 @@ def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, 
         query, keys, values = query[:, None], keys[:, None], attention.v_proj(memory)[:, None]
         recalled = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)[:, 0]
     states = states + layer.dropout2(attention.o_proj(recalled))
-    hidden = layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(states))))
-    return states + layer.dropout3(layer.linear2(hidden))
 
+    def feed_forward(tokens: Tensor) -> Tensor:
+        return layer.linear2(layer.dropout(layer.activation(layer.linear1(tokens))))
 
-def _in_blocks(query: Tensor) -> bool:
-    """Whether `_blockwise_attention` is the faster one; it works in place, and its loops are no thing to compile."""
-    is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return query.device.type == "cpu" and query.dtype == torch.float32 and is_plain
+    projected = _in_parts(feed_forward, layer.layer_norm3(states).flatten(0, 1), TOKENS_OF_PART)
+    return states + layer.dropout3(projected.view_as(states))
 
 
 def _blockwise_attention(query: Tensor, keys: Tensor, values: Tensor, block: tuple[int, int] = (1024, 512)) -> Tensor:

@@ -192,8 +192,8 @@ def naming_losses(
 def apart_loss(logits: Tensor, targets: Tensor, identities: list[Identity]) -> Tensor:
     """Cross-entropy of masks' mean logits over each shape: above 0 over their own, below over the others.
 
-    Others of the same colour count twice. Without it, kinds and sizes are not looked at: a mask of two shapes that share
-    one costs dice no more than a third.
+    Others of the same colour count twice. Without it, kinds and sizes are not looked at: a mask of two shapes that
+    share one costs dice no more than a third.
 
     Args:
         logits: (K, M, side, side), of M masks for each of K names.
