@@ -577,7 +577,8 @@ def _attend_rows(query: Tensor, blocks: Sequence[tuple[Tensor, Tensor]]) -> Tens
     for keys, values in blocks:
         weights = query @ keys.T
         new_largest = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
-        weights.sub_(new_largest).exp_()
+        # below e^-60 a weight is lost in the sum; subnormal ones would slow the product down
+        weights.sub_(new_largest).clamp_(min=-60).exp_()
         rescale = (largest - new_largest).exp_()
         total = total * rescale + weights.sum(dim=1, keepdim=True)
         summed = torch.addmm(summed * rescale, weights, values)
