@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import Sam2VideoConfig, Sam2VideoInferenceSession, Sam2VideoModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from measure import count_flops, environment, interleaved, matrix_rate, peak_mb, reset_peak, timed
+from measure import count_flops, environment, interleaved, matrix_rate, peak_mb, reset_peak
 
 from sa2va_i.checkpoint_layout import SAM2_HIERA_LARGE
 from sa2va_i.processing_sa2va_i import uniform_frame_indices
@@ -190,23 +190,25 @@ def run_setting(
     frames: Frames,
     prompts: Prompts,
     repeats: int,
-    rate: float,
+    counted: bool,
 ) -> list[dict[str, Any]]:
     device = frames[0].device
-    runs = {name: partial(run, frames, prompts) for name, run in contenders.items()}
-    rows, masks = {}, {}
-    for name, run in runs.items():  # warm-up, with the counts
+    rows, masks = {name: {"contender": name} for name in contenders}, {}
+
+    def run(name: str) -> None:
         counter.frames = 0
         reset_peak(device)
-        (masks[name], flops), seconds = timed(lambda run=run: count_flops(run), device)
-        rows[name] = {"contender": name, "encoded": counter.frames, "gflops": round(flops / 1e9)}
-        rows[name] |= {"seconds": round(seconds, 3), "peak_mb": round(peak_mb(device))}
-    if repeats:
-        for name, seconds in interleaved(runs, repeats, device).items():
-            rows[name]["seconds"] = round(seconds, 3)
+        masks[name] = contenders[name](frames, prompts)
+        rows[name] |= {"encoded": counter.frames, "peak_mb": round(peak_mb(device))}
+
+    runs = {name: partial(run, name) for name in contenders}
+    if counted:  # which is slower than a run that counts nothing
+        for name, one in runs.items():
+            rows[name]["gflops"] = round(count_flops(one)[1] / 1e9)
+    for name, seconds in interleaved(runs, repeats, device).items():
+        rows[name]["seconds"] = round(seconds, 3)
     for name, row in rows.items():
         row["ratio"] = round(row["seconds"] / rows["ours"]["seconds"], 2)
-        row["share_of_matrix_rate"] = round(row["gflops"] * 1e9 / row["seconds"] / rate, 2)
         row["iou_to_ours"] = round(iou(masks[name], masks["ours"]), 5)
     return list(rows.values())
 
@@ -219,8 +221,12 @@ def main() -> None:
     parser.add_argument("--objects", type=int, nargs="+", default=[1, 3, 5])
     parser.add_argument("--prompts", type=int, nargs="+", default=[5], help="prompt frames, spread uniformly")
     parser.add_argument("--side", type=int, default=1024, help="of the frames that SAM 2 takes; small ones to try this")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="0: the first run, that counts, is the one that is timed"
+        "--counted",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a round before them, that counts arithmetic and warms up; without it the first one is cold",
     )
     parser.add_argument("--contenders", nargs="+", help="these alone, beside ours")
     parser.add_argument("--compiled", action="store_true", help="ours and sam2, each by its own means")
@@ -236,18 +242,23 @@ def main() -> None:
     for num_frames, num_objects, num_prompts in product(arguments.frames, arguments.objects, arguments.prompts):
         frames = Frames(num_frames, arguments.side, device, dtype)
         prompts = make_prompts(num_objects, uniform_frame_indices(num_frames, num_prompts))
-        rows = run_setting(contenders, counter, frames, prompts, arguments.repeats, rate)
+        rows = run_setting(contenders, counter, frames, prompts, arguments.repeats, arguments.counted)
         print(f"\nT = {num_frames}, K = {num_objects}, n = {num_prompts}")
+        setting = {"frames": num_frames, "objects": num_objects, "prompts": num_prompts}
+        if arguments.counted:
+            for row in rows:
+                row["share_of_matrix_rate"] = round(row["gflops"] * 1e9 / row["seconds"] / rate, 2)
+            setting["roofline_seconds"] = round(rows[0]["gflops"] * 1e9 / rate, 4)
         print(f"{'':14}" + "".join(f"{column:>{len(column) + 3}}" for column in columns))
         for row in rows:
             print(
-                f"{row['contender']:14}" + "".join(f"{row[column]!s:>{len(column) + 3}}" for column in columns),
+                f"{row['contender']:14}"
+                + "".join(f"{row.get(column, '-')!s:>{len(column) + 3}}" for column in columns),
                 flush=True,
             )
-        roof = rows[0]["gflops"] * 1e9 / rate
-        print(f"roofline of ours (its arithmetic at the matrix rate): {roof:.3f} s")
-        setting = {"frames": num_frames, "objects": num_objects, "prompts": num_prompts}
-        record["settings"].append({**setting, "roofline_seconds": round(roof, 4), "rows": rows})
+        if arguments.counted:
+            print(f"roofline of ours (its arithmetic at the matrix rate): {setting['roofline_seconds']:.3f} s")
+        record["settings"].append({**setting, "rows": rows})
     print(json.dumps(record))
 
 
