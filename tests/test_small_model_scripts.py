@@ -33,7 +33,7 @@ def call(monkeypatch):
 
 def test_from_nothing_to_a_scored_model(call, tmp_path, capsys):
     threads = ("--threads", torch.get_num_threads())
-    phases = ("pixels", "pairs", "clips", "names", "all", "memory")
+    phases = ("pixels", "pairs", "clips", "all", "names", "frozen", "memory")
     one_step_each = [argument for phase in phases for argument in (f"--{phase}", 1)]
     call(train_sam2, tmp_path / "sam2", *one_step_each, *threads)
     call(train_vision, tmp_path / "vision", "--steps", 1, *threads)

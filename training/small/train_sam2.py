@@ -6,8 +6,9 @@ Phase by phase. Pixels: the image encoder alone learns kind, colour and size of 
 feature maps, by heads that are thrown away (Meta's encoder was pretrained too; from masks alone it learns slowly).
 Pairs of frames, then clips of six: one to three frames of a clip are prompted with the true masks (some roughened), the
 others tracked by the very loop that inference runs; two are also decoded without memory from the shape's name, as
-embeddings that are thrown away afterwards: the decoder learns to be asked. Names: frames alone, of scenes whose shapes
-share colours. At the end clips again, with the pixels' losses beside, and clips of ten with the image encoder frozen.
+embeddings that are thrown away afterwards: the decoder learns to be asked. All: the same, the pixels' losses beside.
+Names: frames alone, of scenes whose shapes share colours. From then on the image encoder is frozen: clips of six, and
+long ones.
 
 Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the object is there; but of all three masks and
 not of the best, for these shapes are not ambiguous, and the best of three can be right without looking at the prompt. A
@@ -35,7 +36,7 @@ from .pixels import VOCABULARIES, PixelHeads, classes_of, pixel_losses, pixel_ph
 
 HERE = Path(__file__).parent
 LOSS_SIDE = 96  # masks are compared at this size, where true ones have soft edges
-PAIRS, CLIP, LONG_CLIP = 2, 6, 10  # frames of a clip, from phase to phase
+PAIRS, CLIP, LONG_CLIP = 2, 6, 12  # frames of a clip, from phase to phase
 SCENES_OF_PAIRS = 2  # in a step
 NAMED_FRAMES = 2  # of a clip, decoded from names
 FRAMES_OF_NAMES, TRIES = 6, 4  # of a step, each of another scene; and scenes to find one in whose shapes share a color
@@ -274,9 +275,10 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=6500, help="steps of the image encoder alone")
     parser.add_argument("--pairs", type=int, default=3000, help="steps on pairs of frames")
     parser.add_argument("--clips", type=int, default=3000, help="steps on clips of six frames")
-    parser.add_argument("--names", type=int, default=3000, help="steps on frames, from names alone")
     parser.add_argument("--all", type=int, default=1300, help="steps on clips of six, the pixels' losses beside")
-    parser.add_argument("--memory", type=int, default=450, help="steps on clips of ten, the image encoder frozen")
+    parser.add_argument("--names", type=int, default=3000, help="steps on frames, from names alone")
+    parser.add_argument("--frozen", type=int, default=1500, help="steps on clips of six, the image encoder frozen")
+    parser.add_argument("--memory", type=int, default=1000, help="the same on clips of twelve")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -302,9 +304,10 @@ def main() -> None:
         pixel_phase(encode, heads, arguments.pixels),
         Phase("pairs", arguments.pairs, 2e-4, lambda seed: scenes(seed, SCENES_OF_PAIRS, PAIRS)),
         Phase("clips", arguments.clips, 2e-4, lambda seed: scenes(seed, 1, CLIP)),
-        Phase("names", arguments.names, 3e-4, names_only, FRAMES_OF_NAMES * TRIES),
         Phase("all", arguments.all, 4e-4, lambda seed: scenes(seed, 1, CLIP, heads=heads)),
-        Phase("memory", arguments.memory, 2e-4, lambda seed: scenes(seed, 1, LONG_CLIP, trains_encoder=False)),
+        Phase("names", arguments.names, 3e-4, names_only, FRAMES_OF_NAMES * TRIES),
+        Phase("frozen", arguments.frozen, 3e-4, lambda seed: scenes(seed, 1, CLIP, trains_encoder=False)),
+        Phase("memory", arguments.memory, 2.5e-4, lambda seed: scenes(seed, 1, LONG_CLIP, trains_encoder=False)),
     ]
     run(arguments.out, {"sam2": sam2, "names": names, "heads": heads}, phases)
     sam2.eval().save_pretrained(arguments.out / "sam2")
