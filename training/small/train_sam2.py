@@ -18,6 +18,7 @@ checkpoint.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ def scene_losses(
     targets = F.interpolate(masks.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K, F, side, side)
     with torch.set_grad_enabled(trains_encoder):
         pyramid = sam2.encode_images(pixel_values)
-    features = [sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid]) for idx in range(num_frames)]
+    features = features_of_frames(sam2, pyramid)
     losses = [
         naming_losses(sam2, names, random, scene, features[idx], targets[:, idx])
         for idx in random.choice(num_frames, NAMED_FRAMES, replace=False)
@@ -142,12 +143,16 @@ def names_losses(sam2: Sam2Propagator, names: NamePrompts, heads: PixelHeads, se
     images = [Image.fromarray(frame) for _, _, frame, _ in drawn]
     pyramid = sam2.encode_images(to_pixel_values(images, sam2.image_side, SAM2_MEAN, SAM2_STD))
     losses = []
-    for idx, (random, scene, _, masks) in enumerate(drawn):
-        features = sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid])
+    for (random, scene, _, masks), features in zip(drawn, features_of_frames(sam2, pyramid), strict=True):
         targets = F.interpolate(torch.from_numpy(masks)[None].float(), (LOSS_SIDE, LOSS_SIDE), mode="area")[0]
         losses.append(naming_losses(sam2, names, random, scene, features, targets.to(sam2.device)))
     labels = np.stack([classes_of(scene, masks) for _, scene, _, masks in drawn])
     return {**means_of(losses), **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
+
+
+def features_of_frames(sam2: Sam2Propagator, pyramid: Sequence[Tensor]) -> list[FrameFeatures]:
+    """Of each frame of a pyramid by itself, for SAM 2's own decoder."""
+    return [sam2.features_for(sam2.mask_decoder, [level[[idx]] for level in pyramid]) for idx in range(len(pyramid[0]))]
 
 
 def scene_with_twins(seeds: range) -> Scene:
@@ -163,6 +168,11 @@ def means_of(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each loss over the frames that have it."""
     names = dict.fromkeys(name for one in losses for name in one)
     return {name: torch.stack([one[name] for one in losses if name in one]).mean() for name in names}
+
+
+def total_of(losses: dict[str, Tensor]) -> Tensor:
+    """What is learnt of them."""
+    return sum(loss for name, loss in losses.items() if name not in SCORES)
 
 
 def naming_losses(
@@ -291,13 +301,13 @@ def main() -> None:
 
     def names_only(seed: int) -> dict[str, Tensor]:
         losses = names_losses(sam2, names, heads, range(seed, seed + FRAMES_OF_NAMES * TRIES))
-        sum(loss for name, loss in losses.items() if name not in SCORES).backward()
+        total_of(losses).backward()
         return losses
 
     def scenes(seed: int, num_scenes: int, num_frames: int, **options) -> dict[str, Tensor]:
         for one in range(seed, seed + num_scenes):
             losses = scene_losses(sam2, names, one, num_frames, **options)
-            (sum(loss for name, loss in losses.items() if name not in SCORES) / num_scenes).backward()
+            (total_of(losses) / num_scenes).backward()
         return losses
 
     phases = [
