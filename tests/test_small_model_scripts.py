@@ -265,7 +265,7 @@ class TestWords:
         position = 0
         for (_, said), number in zip(turns, names):
             *of_names, of_seg = [look.shapes for look in looks[position : position + number + 1]]
-            order = [said.index(scene.describe(target)) for (target,) in of_names]
+            order = [said.index(scene.name(target)) for (target,) in of_names]
             assert order == sorted(order)
             assert of_seg == [target for (target,) in of_names]
             position += number + 1

@@ -238,7 +238,7 @@ def in_order(scene: Scene, expression: SyntheticExpression) -> list[int]:
 
 def turn_about(random: np.random.Generator, scene: Scene, expression: SyntheticExpression) -> tuple[str, str]:
     """A question for an expression, and the answer that names its targets."""
-    names = [scene.describe(target) for target in in_order(scene, expression)]
+    names = [scene.name(target) for target in in_order(scene, expression)]
     return question(random, expression.text), named_answer(names)
 
 

@@ -127,6 +127,11 @@ class Scene:
         size = f"{shape.size} " if len(twins) > 1 else ""
         return f"the {size}{shape.color} {shape.kind}"
 
+    def name(self, index: int) -> str:
+        """The shape by all of its looks, as answers name it: "the small red circle"."""
+        shape = self.shapes[index]
+        return f"the {shape.size} {shape.color} {shape.kind}"
+
     def expressions(self) -> list[SyntheticExpression]:
         """Everything that can be asked about the scene in these words."""
         return [*self._by_appearance(), *self._by_motion(), *self._by_time(), *self._several()]

@@ -52,7 +52,7 @@ def sentences(num_scenes: int = 400) -> Iterator[str]:
         yield describe_scene(scene)
         for expression in scene.expressions():
             yield str(random.choice([*VIDEO_QUESTIONS, *IMAGE_QUESTIONS])).format(expression.text)
-            yield named_answer([scene.describe(target) for target in expression.targets])
+            yield named_answer([scene.name(target) for target in expression.targets])
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -5,8 +5,7 @@
 PLACES: the folder that `train_places` made. Text cross-entropy as in the recipe, and beside it three losses that are
 not. Those of the places go on. At each name and at `[SEG]`, the heads that read places must read what was asked for
 (its kind, colour, motion, ...), and the attention of two heads of the next layer must fall on the tokens where the
-shape is, or was just before it was gone. From the words alone the language model finds out slowly where to look. The
-vision model stays as it is.
+shape is, or was just before it was gone. From the words alone the language model finds out slowly where to look.
 """
 
 import argparse
@@ -103,10 +102,8 @@ def word_losses(model: Sa2VAiModel, heads: PlaceHeads, seeds: Sequence[int]) -> 
         looks.append(of_scene)
     batch = Collator(model.processor, with_masks=False)(samples)
     input_ids, labels = batch["input_ids"], batch["labels"]
-    with torch.no_grad():
-        image_features = model.get_image_features(batch["pixel_values"])
     decoded = model.get_decoder()(
-        inputs_embeds=model.embed_prompt(input_ids, batch["pixel_values"], image_features=image_features),
+        inputs_embeds=model.embed_prompt(input_ids, batch["pixel_values"]),
         attention_mask=batch["attention_mask"],
         use_cache=False,
         output_hidden_states=True,
@@ -126,13 +123,14 @@ def word_losses(model: Sa2VAiModel, heads: PlaceHeads, seeds: Sequence[int]) -> 
         for name, target in targets.items()
         if (target != IGNORED).any()
     ]
-    shares = []
-    for index, (_, masks) in enumerate(drawn):
+    wanted = []
+    for (_, masks), of_scene, is_token in zip(drawn, looks, is_visual, strict=True):
         tokens = torch.from_numpy(tokens_of(masks, model.config.token_grid_size))
-        attention = decoded.attentions[LAYER][index, :NUM_HEADS, does_look[index]][..., is_visual[index]]
-        wanted = torch.stack([tokens[look.shapes].any(dim=0) for look in looks[index]])
-        shares.append((attention * wanted).sum(dim=-1).flatten())
-    share = torch.cat(shares)
+        of_looks = torch.zeros(len(of_scene), len(is_token), dtype=torch.bool)
+        of_looks[:, is_token] = torch.stack([tokens[look.shapes].any(dim=0) for look in of_scene])
+        wanted.append(of_looks)
+    attention = decoded.attentions[LAYER].transpose(1, 2)[does_look][:, :NUM_HEADS]
+    share = (attention * torch.cat(wanted)[:, None]).sum(dim=-1)
     losses = place_losses(heads, states, drawn)
     right = (logits.argmax(dim=-1) == labels[:, 1:])[labels[:, 1:] != IGNORED].float().mean()
     return {
@@ -163,8 +161,8 @@ def main() -> None:
         (losses["text"] + BESIDE_TEXT * beside).backward()
         return losses
 
-    trained = {"mlp1": model.mlp1, "language_model": model.language_model, "heads": heads}
-    run(arguments.out, trained, [Phase("words", arguments.steps, 6e-4, backward, SCENES_OF_STEP)])
+    parts = {"vision_model": model.vision_model, "mlp1": model.mlp1, "language_model": model.language_model}
+    run(arguments.out, {**parts, "heads": heads}, [Phase("words", arguments.steps, 6e-4, backward, SCENES_OF_STEP)])
     save_package(model.eval(), model.processor.tokenizer, arguments.out / "words")
 
 
