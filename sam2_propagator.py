@@ -8,7 +8,9 @@ Letters in shapes: K objects, B frames, C channels (256), H x W the size of SAM 
 Logits are at stride 4, (K, 1, 4h, 4w); > 0 is foreground. `frame_idx` is the position in the whole video.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -129,7 +131,13 @@ def _in_parts(layer: Callable[[Tensor], Tensor], states: Tensor, length: int) ->
     """layer(states); where it is faster, `length` of the first dimension at a time, and at least one."""
     if not _is_plain_cpu(states):
         return layer(states)
-    return torch.cat([layer(part) for part in states.split(max(length, 1))])
+    result: Tensor | None = None
+    for begin in range(0, len(states), max(length, 1)):
+        part = layer(states[begin : begin + max(length, 1)])
+        if result is None:
+            result = part.new_empty(len(states), *part.shape[1:])
+        result[begin : begin + len(part)] = part  # not kept until the end: its memory is the next part's
+    return result
 
 
 def _is_plain_cpu(states: Tensor) -> bool:
@@ -240,10 +248,14 @@ class Sam2Propagator(Sam2VideoModel):
 
         Kept in bfloat16 whatever the model's dtype, as the original does: float32 results depend on it.
         """
-        probabilities = resize(logits, self.image_side).sigmoid()
-        masks = probabilities * self.config.sigmoid_scale_for_mem_enc + self.config.sigmoid_bias_for_mem_enc
-        memory, _ = self.memory_encoder(features.stride16, masks.to(self.dtype))
-        return memory.flatten(2).transpose(1, 2).to(torch.bfloat16)
+
+        def encode(logits: Tensor) -> Tensor:
+            probabilities = resize(logits, self.image_side).sigmoid()
+            masks = probabilities * self.config.sigmoid_scale_for_mem_enc + self.config.sigmoid_bias_for_mem_enc
+            memory, _ = self.memory_encoder(features.stride16, masks.to(self.dtype))
+            return memory.flatten(2).transpose(1, 2).to(torch.bfloat16)
+
+        return _in_parts(encode, logits, 1)
 
     def prompt_keys(self, features: Tensor) -> list[Tensor]:
         """Keys (K, h * w, C) of a prompt frame in each layer of memory attention; `features` of `encode_memory`."""
@@ -282,14 +294,18 @@ class Sam2Propagator(Sam2VideoModel):
             # a pointer is wider than the memory: it becomes C / 64 tokens
             pointer_tokens = torch.stack(list(pointers), dim=1).flatten(1).unflatten(1, (-1, self.mem_dim))
             memory.append(pointer_tokens)
-        memory = torch.cat(memory, dim=1)
+        in_chunks = _is_plain_cpu(states)  # elsewhere their number, which grows, is not to be seen by the compiler
+        if not in_chunks:
+            memory = [_joined(memory)]
         for number, layer in enumerate(self.memory_attention.layers):
             keys = [prompt.keys[number] for prompt in prompts]
             if tracked:
                 keys.append(_frame_keys(layer, placed_tokens, rope))
             if pointers:
                 keys.append(layer.cross_attn_image.k_proj(pointer_tokens))
-            states = self._attend(layer, states, torch.cat(keys, dim=1), memory, rope)
+            if not in_chunks:
+                keys = [_joined(keys)]
+            states = self._attend(layer, states, keys, memory, rope)
         return self.memory_attention.layer_norm(states).transpose(1, 2).unflatten(2, (height, width))
 
     def propagate(self, frames: Sequence[Tensor], prompt_masks: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
@@ -524,27 +540,33 @@ def _frame_keys(layer: Sam2VideoMemoryAttentionLayer, tokens: Tensor, rope: Rope
     return _rotate(keys.unflatten(1, (-1, rope[0].shape[-2])), rope).flatten(1, 2)
 
 
-def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, memory: Tensor, rope: Rope) -> Tensor:
+def _attend(
+    layer: Sam2VideoMemoryAttentionLayer,
+    states: Tensor,
+    keys: Sequence[Tensor],
+    memory: Sequence[Tensor],
+    rope: Rope,
+) -> Tensor:
     """States (K, h * w, C) after one layer of memory attention; states (1, h * w, C) before are those of every object.
 
     As the layer's own `forward`, which makes all keys itself.
 
     Args:
-        keys: (K, S, C) of the tokens, as this layer makes them.
-        memory: (K, S, 64), the tokens.
+        keys: each (K, S, C), of some of the tokens, as this layer makes them.
+        memory: each (K, S, 64), the same tokens in the same order.
     """
     normed = layer.layer_norm1(states)[:, None]
     own, _ = layer.self_attn(normed, normed, normed, position_embeddings=rope)
     states = states + layer.dropout1(own[:, 0])
     attention = layer.cross_attn_image
-    query = _rotate(attention.q_proj(layer.layer_norm2(states)), rope).expand(len(keys), -1, -1)
+    query = _rotate(attention.q_proj(layer.layer_norm2(states)), rope).expand(len(memory[0]), -1, -1)
     if _is_plain_cpu(query):
         # the weights of a token sum to 1: projecting after them is the same, and a fourth of the arithmetic before
         recalled = attention.v_proj(_blockwise_attention(query * attention.scaling, keys, memory))
     else:
         # one head: the kernels want four dimensions
-        query, keys, values = query[:, None], keys[:, None], attention.v_proj(memory)[:, None]
-        recalled = F.scaled_dot_product_attention(query, keys, values, scale=attention.scaling)[:, 0]
+        query, values = query[:, None], attention.v_proj(_joined(memory))[:, None]
+        recalled = F.scaled_dot_product_attention(query, _joined(keys)[:, None], values, scale=attention.scaling)[:, 0]
     states = states + layer.dropout2(attention.o_proj(recalled))
 
     def feed_forward(tokens: Tensor) -> Tensor:
@@ -554,32 +576,44 @@ def _attend(layer: Sam2VideoMemoryAttentionLayer, states: Tensor, keys: Tensor, 
     return states + layer.dropout3(projected.view_as(states))
 
 
-def _blockwise_attention(query: Tensor, keys: Tensor, values: Tensor, block: tuple[int, int] = (1024, 512)) -> Tensor:
+def _joined(chunks: Sequence[Tensor]) -> Tensor:
+    """(K, S, C) of all chunks."""
+    return chunks[0] if len(chunks) == 1 else torch.cat(list(chunks), dim=1)
+
+
+def _blockwise_attention(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], block: tuple[int, int] = (1024, 512)
+) -> Tensor:
     """softmax(query keys^T) values, block by block, so that the weights of a block stay in the processor's cache.
 
-    PyTorch's own attention on a CPU does the same, but only for values as wide as the keys.
+    PyTorch's own attention on a CPU does the same, but only for values as wide as the keys, and all in one tensor.
 
     Args:
         query: (K, L, C), scaled.
-        keys, values: (K, S, C) and (K, S, D).
+        keys, values: each (K, S, C) and (K, S, D), one after the other.
     """
     results = []
-    for rows, all_keys, all_values in zip(query, keys, values, strict=True):
-        blocks = list(zip(all_keys.split(block[1]), all_values.split(block[1]), strict=True))
-        results.append(torch.cat([_attend_rows(some, blocks) for some in rows.split(block[0])]))
+    for number, rows in enumerate(query):
+        blocks = [
+            pair
+            for some_keys, some_values in zip(keys, values, strict=True)
+            for pair in zip(some_keys[number].split(block[1]), some_values[number].split(block[1]), strict=True)
+        ]
+        results.append(_in_parts(partial(_attend_rows, blocks=blocks), rows, block[0]))
     return torch.stack(results)
 
 
 def _attend_rows(query: Tensor, blocks: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention of (L, C) to blocks of keys (S, C) and values (S, D), whose weights' sum runs along; (L, D)."""
+    """Attention of (L, C) to blocks of keys (S, C) and values (S, D), with a running sum and maximum; (L, D)."""
+    query = query * math.log2(math.e)  # powers of 2 take a third of the time of powers of e here
     largest = query.new_full((len(query), 1), -torch.inf)
     total, summed = torch.zeros_like(largest), query.new_zeros(len(query), blocks[0][1].shape[1])
     for keys, values in blocks:
         weights = query @ keys.T
         new_largest = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
-        # below e^-60 a weight is lost in the sum; subnormal ones would slow the product down
-        weights.sub_(new_largest).clamp_(min=-60).exp_()
-        rescale = (largest - new_largest).exp_()
+        # below 2^-86 a weight is lost in the sum; subnormal ones would slow the product down
+        weights.sub_(new_largest).clamp_(min=-86).exp2_()
+        rescale = (largest - new_largest).exp2_()
         total = total * rescale + weights.sum(dim=1, keepdim=True)
         summed = torch.addmm(summed * rescale, weights, values)
         largest = new_largest
