@@ -139,6 +139,14 @@ def test_frames_of_a_clip():
         assert 1 <= len(prompts) <= 3
 
 
+def test_a_group_is_some_of_the_shapes_as_one():
+    masks = np.eye(5, dtype=bool)[:, None, None]  # each shape in a place of its own
+    random = np.random.default_rng(0)
+    groups = [train_sam2.with_group(random, masks) for _ in range(50)]
+    assert all(np.array_equal(objects[:-1], masks) for objects in groups)
+    assert {int(objects[-1].sum()) for objects in groups} == {2, 3, 4}
+
+
 def test_a_right_mask_costs_less_than_a_wrong_one():
     targets = torch.zeros(2, 96, 96)
     targets[0, 20:60, 20:60] = 1  # the second object is not there

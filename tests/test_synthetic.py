@@ -93,6 +93,15 @@ def test_expressions_are_unambiguous():
             assert tuple(fits) == expression.targets, expression
 
 
+def test_names_tell_shapes_apart():
+    for seed in SEEDS:
+        scene = Scene(seed)
+        names = [scene.name(index) for index in range(len(scene.shapes))]
+        assert len(set(names)) == len(names)
+        for index, name in enumerate(names):
+            assert set(scene.describe(index).split()) <= set(name.split())
+
+
 def test_every_need_is_asked():
     needs = {expression.needs for seed in SEEDS for expression in choose_expressions(Scene(seed), 1)}
     assert needs == {"appearance", "motion", "time", "several"}

@@ -5,10 +5,10 @@
 Phase by phase. Pixels: the image encoder alone learns kind, colour and size of the shape at each place of its three
 feature maps, by heads that are thrown away (Meta's encoder was pretrained too; from masks alone it learns slowly).
 Pairs of frames, then clips of six: one to three frames of a clip are prompted with the true masks (some roughened), the
-others tracked by the very loop that inference runs; two are also decoded without memory from the shape's name, as
-embeddings that are thrown away afterwards: the decoder learns to be asked. All: the same, the pixels' losses beside.
-Names: frames alone, of scenes whose shapes share colours. From then on the image encoder is frozen: clips of six, and
-long ones.
+others tracked by the very loop that inference runs: each shape, and some of them as one object. Two frames are also
+decoded without memory from the shape's name, as embeddings that are thrown away afterwards: the decoder learns to be
+asked. All: the same, the pixels' losses beside. Names: frames alone, of scenes whose shapes share colours. From then on
+the image encoder is frozen: clips of six, and long ones.
 
 Losses as in SAM 2: of the masks, of the predicted IoU, and of whether the object is there; but of all three masks and
 not of the best, for these shapes are not ambiguous, and the best of three can be right without looking at the prompt. A
@@ -102,6 +102,12 @@ def roughen(random: np.random.Generator, masks: Tensor) -> Tensor:
     return torch.roll(masks, random.integers(-2, 3, 2).tolist(), (2, 3))
 
 
+def with_group(random: np.random.Generator, masks: np.ndarray) -> np.ndarray:
+    """Masks (K + 1, F, height, width): those of K shapes, and some of them as one, as in "all blue shapes"."""
+    group = random.choice(len(masks), int(random.integers(2, len(masks))), replace=False)
+    return np.concatenate([masks, masks[group].any(axis=0, keepdims=True)])
+
+
 def scene_losses(
     sam2: Sam2Propagator,
     names: NamePrompts,
@@ -116,21 +122,21 @@ def scene_losses(
     scene = Scene(seed, length)
     frames, masks = scene.render_all(frame_indices)
     pixel_values = to_pixel_values([Image.fromarray(frame) for frame in frames], sam2.image_side, SAM2_MEAN, SAM2_STD)
-    shape_masks, masks = masks, torch.from_numpy(masks).to(sam2.device)
-    targets = F.interpolate(masks.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K, F, side, side)
+    objects = torch.from_numpy(with_group(random, masks)).to(sam2.device)
+    targets = F.interpolate(objects.float(), (LOSS_SIDE, LOSS_SIDE), mode="area")  # (K + 1, F, side, side)
     with torch.set_grad_enabled(trains_encoder):
         pyramid = sam2.encode_images(pixel_values)
     features = features_of_frames(sam2, pyramid)
     losses = [
-        naming_losses(sam2, names, random, scene, features[idx], targets[:, idx])
+        naming_losses(sam2, names, random, scene, features[idx], targets[:-1, idx])
         for idx in random.choice(num_frames, NAMED_FRAMES, replace=False)
     ]
-    shown = masks[:, prompts].flatten(1).any(dim=1)  # a prompt that shows nothing can be followed nowhere
+    shown = objects[:, prompts].flatten(1).any(dim=1)  # a prompt that shows nothing can be followed nowhere
     if shown.any():
-        losses += tracking_losses(sam2, random, features, masks[shown], targets[shown], prompts)
+        losses += tracking_losses(sam2, random, features, objects[shown], targets[shown], prompts)
     if heads is None:
         return means_of(losses)
-    labels = np.stack([classes_of(scene, of_frame) for of_frame in shape_masks.swapaxes(0, 1)])
+    labels = np.stack([classes_of(scene, of_frame) for of_frame in masks.swapaxes(0, 1)])
     return {**means_of(losses), **pixel_losses(heads, pyramid, torch.from_numpy(labels))}
 
 

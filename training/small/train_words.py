@@ -43,7 +43,7 @@ from .train_places import (
 
 NUM_TURNS = 6
 LAYER, NUM_HEADS = 4, 2  # whose attention is taught
-BESIDE_TEXT = 0.5  # weight of the other losses
+BESIDE_TEXT = {"asked": 0.25, "attention": 0.25, "places": 0.5}  # weights of the other losses
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def main() -> None:
 
     def backward(seed: int) -> dict[str, Tensor]:
         losses = word_losses(model, heads, range(seed, seed + SCENES_OF_STEP))
-        beside = losses["asked"] + losses["attention"] + losses["places"]
-        (losses["text"] + BESIDE_TEXT * beside).backward()
+        beside = sum(weight * losses[name] for name, weight in BESIDE_TEXT.items())
+        (losses["text"] + beside).backward()
         return losses
 
     parts = {"vision_model": model.vision_model, "mlp1": model.mlp1, "language_model": model.language_model}
