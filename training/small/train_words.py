@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("places", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -162,7 +162,7 @@ def main() -> None:
         return losses
 
     parts = {"vision_model": model.vision_model, "mlp1": model.mlp1, "language_model": model.language_model}
-    run(arguments.out, {**parts, "heads": heads}, [Phase("words", arguments.steps, 6e-4, backward, SCENES_OF_STEP)])
+    run(arguments.out, {**parts, "heads": heads}, [Phase("words", arguments.steps, 5e-4, backward, SCENES_OF_STEP)])
     save_package(model.eval(), model.processor.tokenizer, arguments.out / "words")
 
 
