@@ -131,13 +131,7 @@ def _in_parts(layer: Callable[[Tensor], Tensor], states: Tensor, length: int) ->
     """layer(states); where it is faster, `length` of the first dimension at a time, and at least one."""
     if not _is_plain_cpu(states):
         return layer(states)
-    result: Tensor | None = None
-    for begin in range(0, len(states), max(length, 1)):
-        part = layer(states[begin : begin + max(length, 1)])
-        if result is None:
-            result = part.new_empty(len(states), *part.shape[1:])
-        result[begin : begin + len(part)] = part  # not kept until the end: its memory is the next part's
-    return result
+    return torch.cat([layer(part) for part in states.split(max(length, 1))])
 
 
 def _is_plain_cpu(states: Tensor) -> bool:
