@@ -464,7 +464,7 @@ class Sa2VAiModel(PreTrainedModel, GenerationMixin):
             nothing = 0 * self._training_logits(states, frames).mean()
             return nothing, nothing
         weights = torch.tensor(sizes, device=of_prompts[0].device) / sum(sizes)
-        mask_loss, dice_loss = weights @ torch.stack(of_prompts)
+        mask_loss, dice_loss = (weights[:, None] * torch.stack(of_prompts)).sum(dim=0)  # autocast would round `@`
         return mask_loss, dice_loss
 
     def _training_logits(self, seg_states: Tensor, sam2_pixel_values: Tensor) -> Tensor:

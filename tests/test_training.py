@@ -422,6 +422,17 @@ class TestRecipe:
         resumed = Sa2VAiModel.from_pretrained(again).state_dict()
         assert all(torch.allclose(after[name], resumed[name], atol=1e-5) for name in after)
 
+    def test_a_run_follows_from_its_seed(self, settings, tmp_path):
+        results = []
+        for number, seed in enumerate((5, 5, 6)):
+            torch.manual_seed(number)  # what came before does not matter
+            changed = {**settings, "trainer": {**settings["trainer"], "max_steps": 2, "seed": seed}}
+            out = train(TrainConfig(**changed, out=str(tmp_path / str(number))))
+            results.append(Sa2VAiModel.from_pretrained(out).state_dict())
+        one, same, other = results
+        assert all(torch.equal(one[name], same[name]) for name in one)
+        assert any(not torch.equal(one[name], other[name]) for name in one if name.startswith("language_model"))
+
     def test_the_result_is_not_overwritten(self, settings, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -458,6 +469,8 @@ class TestRecipe:
         changed = {**settings, "trainer": {**settings["trainer"], "max_steps": 2, "bf16": True}}
         train(TrainConfig(**changed, out=str(tmp_path / "out"), dtype="bfloat16"))
         assert all(math.isfinite(entry["loss"]) for entry in logs)
+        losses = torch.tensor([entry[name] for entry in logs for name in ("mask_loss", "dice_loss") if name in entry])
+        assert not torch.equal(losses.bfloat16().float(), losses)  # losses themselves are not rounded
 
     def test_two_processes(self, settings, tmp_path):
         """Through torchrun, one with masks and one without in some steps: both run every part, so neither waits."""

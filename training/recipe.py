@@ -9,7 +9,7 @@ import torch
 import yaml
 from peft import LoraModel
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -116,6 +116,7 @@ def train(config: TrainConfig) -> Path:
     draw = Draw(config.num_frames, config.sampling, config.num_objects)
     sources = [(make_source(entry, draw), entry.get("repeats", 1)) for entry in config.data]
     arguments = TrainingArguments(output_dir=str(run), remove_unused_columns=False, **{**PAPER, **config.trainer})
+    set_seed(arguments.seed)  # the Trainer's own call comes after LoRA's weights are drawn
     model, _ = _model_to_train(config)
     trainer = Sa2VAiTrainer(
         model,
